@@ -173,6 +173,16 @@ def speedup_bound(model, saved):
     return read / (read - saved * ffn)
 
 
+def find_device(name):
+    """The torch.device asked for; for None the fastest there is. Raises ValueError if it is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name} is not available: {str(error).splitlines()[0]}") from None
+
+
 def find_checkpoint(ckpt):
     """A path as given, a name under checkpoints/, or for None the demo model."""
     if ckpt is None:
@@ -389,8 +399,8 @@ def choose_policy(options, ckpt, model):
     settings = find_settings(options, ckpt, model.args.n_layers)
     name = options.policy or ("ffnskip" if settings else "dense")
     if options.policy is None and not settings:
-        print(f"[no skip settings for {model_name(ckpt)}, so all of it runs: "
-              f"python calibrate.py --ckpt {options.ckpt or ckpt} makes them]", file=sys.stderr)  # fmt: skip
+        command = "python calibrate.py" + (f" --ckpt {options.ckpt}" if options.ckpt else "")
+        print(f"[no skip settings for {model_name(ckpt)}, so nothing is skipped: {command} makes them]", file=sys.stderr)
     if name in ("dense", "ffnskip") and options.skip is not None:
         raise ValueError(f"--skip is not for policy {name}: calibrate.py --target-skip {options.skip} makes ffnskip's settings")
     policy = find_policy(name, model, settings, options.skip, seed=options.seed)
@@ -401,7 +411,7 @@ def main(argv=None):
     options = parse_args(argv)
     prompts = read_prompts(options)
     ckpt = find_checkpoint(options.ckpt)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    device = find_device(options.device)
     tokenizer = load_weights.load_tokenizer(ckpt)
     model = load_weights.load_model(ckpt, device, options.dtype)
     chat = options.chat or (not prompts and options.ckpt is None)
