@@ -158,7 +158,7 @@ class Trace:
         ran = [torch.zeros(n_layers, *real.shape, dtype=torch.bool) for n_layers, _, real, *_ in self.passes]
         for one, (_, _, real, executed, _) in zip(ran, self.passes):
             for layer_id, rows in executed:
-                one[layer_id] = real if rows is None else rows & real
+                one[layer_id] |= real if rows is None else rows & real
         return torch.cat(ran, dim=2)
 
     @property
