@@ -28,8 +28,10 @@ import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -58,8 +60,7 @@ def load_model(path, device="cpu", dtype=None):
     name) defaults to the checkpoint's own, bfloat16 for GGUF. Raises LoadError.
     """
     args, stored = read_checkpoint(Path(path))
-    with torch.device("meta"):
-        model = Transformer(args)
+    model = empty_model(args)
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     for name in expected:
         if name not in stored:
@@ -78,6 +79,14 @@ def load_model(path, device="cpu", dtype=None):
         raise LoadError(f"{path}: {first_line(error)}") from None
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def empty_model(args):
+    """A Transformer whose weights have shapes and no memory; drawing random ones would load 70 MB of PyTorch's Python."""
+    nothing = lambda module: None
+    with torch.device("meta"), patch.object(nn.Linear, "reset_parameters", nothing):
+        with patch.object(nn.Embedding, "reset_parameters", nothing):
+            return Transformer(args)
 
 
 def place(stored, dtype, device):
