@@ -10,7 +10,6 @@ import argparse
 import csv
 import importlib.util
 import json
-import os
 import re
 import sys
 import time
@@ -469,11 +468,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        sys.exit(f"error: {error}")
+    load_weights.run_command(main)

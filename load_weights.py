@@ -19,6 +19,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import os
 import pickle
 import re
 import shutil
@@ -454,15 +455,18 @@ class SentencePieceTokenizer:
             text = render(self.template, messages, first({self.bos_id} - {None}), first(self.eos_ids))
             split = re.split("(" + "|".join(map(re.escape, pieces)) + ")", text)
             return [i for part in split if part for i in ([pieces[part]] if part in pieces else self.encode(part, bos=False))]
-        ids = []  # https://github.com/meta-llama/llama/blob/main/llama/generation.py, chat_completion
-        system = "".join(f"<<SYS>>\n{m['content']}\n<</SYS>>\n\n" for m in messages[:1] if m["role"] == "system")
-        for message in messages[1:] if system else messages:
-            if message["role"] == "user":
-                ids += self.encode(f"[INST] {(system + message['content']).strip()} [/INST]", bos=True)
-                system = ""
+        # https://github.com/meta-llama/llama/blob/main/llama/generation.py, chat_completion
+        ids, text, system = [], "", ""
+        for message in messages:
+            content = message["content"].strip()
+            if message["role"] == "system":
+                system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
+            elif message["role"] == "user":
+                text, system = f"[INST] {system}{content} [/INST]", ""
             else:
-                ids += self.encode(f" {message['content'].strip()} ", bos=False) + [self.processor.eos_id()]
-        return ids
+                ids += self.encode(f"{text} {content} ", bos=True) + [self.processor.eos_id()]
+                text = ""
+        return ids + (self.encode(text, bos=True) if text else [])
 
 
 class BPETokenizer:
@@ -639,8 +643,19 @@ def main():
         print(f"written to {options.out}")
 
 
-if __name__ == "__main__":
+def run_command(main):
+    """Exit with main()'s status; a mistake of the user's is one line on standard error, without a traceback."""
     try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(main())
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)
