@@ -458,13 +458,12 @@ class SentencePieceTokenizer:
         # https://github.com/meta-llama/llama/blob/main/llama/generation.py, chat_completion
         ids, text, system = [], "", ""
         for message in messages:
-            content = message["content"].strip()
             if message["role"] == "system":
-                system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
+                system = f"<<SYS>>\n{message['content']}\n<</SYS>>\n\n"
             elif message["role"] == "user":
-                text, system = f"[INST] {system}{content} [/INST]", ""
+                text, system = f"[INST] {(system + message['content']).strip()} [/INST]", ""
             else:
-                ids += self.encode(f"{text} {content} ", bos=True) + [self.processor.eos_id()]
+                ids += self.encode(f"{text} {message['content'].strip()} ", bos=True) + [self.processor.eos_id()]
                 text = ""
         return ids + (self.encode(text, bos=True) if text else [])
 

@@ -241,7 +241,7 @@ class Block(nn.Module):
         if rows is None or rows.all():
             temp = h + self.feed_forward(self.ffn_norm(h))
         else:
-            index = rows.flatten().nonzero().squeeze(1).to(h.device)  # (rows that run,)
+            index = rows.flatten().nonzero().squeeze(1).to(h.device, non_blocking=True)  # (rows that run,)
             some = h.flatten(0, 1)[index]  # (batch, seq, dim) -> (batch * seq, dim) -> (rows that run, dim)
             some = some + self.feed_forward(self.ffn_norm(some))
             temp = h.flatten(0, 1).index_copy(0, index, some).view_as(h)

@@ -246,6 +246,7 @@ def test_a_policy_gets_the_layers_the_embeddings_and_the_step(data):
     def policy(layers, x, step):
         assert layers is model.layers and step.cache is cache and step.trace is trace
         seen.append((x, step.positions, step.token_index))
+        assert step.mask is None or step.mask.any(dim=-1).all()  # older PyTorch: NaN where a token sees nothing
         x = dense(layers, x, step)
         assert close(step.logits(x), model.logits(x)) and step.logits(x).dtype == torch.float32
         return 2 * x
@@ -281,7 +282,7 @@ def test_the_parts_of_a_layer(data):
         assert close(temp, h + layer.feed_forward(layer.ffn_norm(h)))
         ran.clear()
         some = layer.feed(h, step, rows)
-        assert sum(ran) == rows.sum()
+        assert ran == [rows.sum()] * bool(rows.any())  # once, or not at all
         assert torch.equal(some[~rows], h[~rows])
         assert close(torch.where(rows[:, :, None], some, temp), temp)
         return temp
