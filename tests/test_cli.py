@@ -59,8 +59,11 @@ def test_prompts_come_from_arguments_a_file_and_standard_input_as_one_batch(tmp_
     assert printed.startswith("> Once upon\n") and "\n> The quick\n" in printed
 
 
-def test_sampling_repeats_with_its_seed_and_greedy_ignores_it():
-    draw = lambda *args: report("--max-new-tokens", "12", *args, "Layers")["token_ids"]
+def test_sampling_repeats_with_its_seed_and_greedy_ignores_it(capsys):
+    def draw(*args):
+        main(["--ckpt", CKPT, "--json", "--max-new-tokens", "12", *args, "Layers"])
+        return json.loads(capsys.readouterr().out)["token_ids"]
+
     assert draw("--temperature", "1", "--seed", "1") == draw("--temperature", "1", "--seed", "1")
     assert draw("--temperature", "1", "--seed", "1") != draw("--temperature", "1", "--seed", "2")
     assert draw("--seed", "1") == draw("--seed", "2") == draw("--temperature", "1", "--top-p", "0.00001")
