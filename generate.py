@@ -23,7 +23,7 @@ from model import KVCache, dense
 from skip import FFNSkip, Trace
 
 HERE = Path(__file__).resolve().parent
-QUESTION = "What is the capital of France, and what is it famous for?"
+QUESTION = "What are the most famous sights of Paris?"
 
 
 def sample(logits, temperature=0.0, top_p=1.0, generator=None):

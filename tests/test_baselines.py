@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import baselines
+from tiny import chunkings, close, is_real, models, poisoned_cache, run, texts, tiny_model
+
 from model import KVCache, ModelArgs, Transformer
 from skip import FFNSkip, Trace
-from tiny import chunkings, close, is_real, models, poisoned_cache, run, texts, tiny_model
 
 NAMES = [
     "random",

@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from test_golden import GOLDEN
+from tiny import tiny_model
 
 import calibrate
 from calibrate import Recorded, cold_regions, measure, plan, quality, read_cosines, read_text, replay, text_windows
 from generate import main as generate_main
 from load_weights import load_tokenizer, run_command
 from skip import FFNSkip, Trace
-from test_golden import GOLDEN
-from tiny import tiny_model
 
 # Means over 279 generated tokens on C4 prompts, logged by the paper's first author: https://github.com/Ajay1994/layer-skip
 LLAMA_2_7B = [

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_golden import GOLDEN
 
 from generate import generate, main
 from load_weights import LoadError, demo_path, load_model, load_tokenizer, run_command
-from test_golden import GOLDEN
 
 ROOT = Path(__file__).parent.parent
 CKPT = str(GOLDEN / "hf-gqa")
@@ -42,7 +42,9 @@ def test_the_text_is_that_of_the_library_streamed_or_as_json():
     model, tokenizer = load_model(CKPT), load_tokenizer(CKPT)
     ids = list(generate(model, tokenizer.encode("The capital"), 20, eos_ids=tokenizer.eos_ids))
     out = report("--max-new-tokens", "20", "The capital")
-    assert out["token_ids"] == ids and out["new_tokens"] == len(ids) and out["prompt_tokens"] == len(tokenizer.encode("The capital"))
+    assert (
+        out["token_ids"] == ids and out["new_tokens"] == len(ids) and out["prompt_tokens"] == len(tokenizer.encode("The capital"))
+    )
     assert out["policy"] == "dense" and out["ffn_saved_ratio"] == 0 and out["settings"]["max_new_tokens"] == 20
     streamed = run("--max-new-tokens", "20", "The capital")
     assert streamed.stdout == out["text"] + "\n"
@@ -107,7 +109,9 @@ def test_show_skips_shades_on_a_terminal_and_is_plain_text_elsewhere():
     args = [*SKIP, "--max-new-tokens", "10", "--show-skips", "Layers 3 to"]
     assert "\x1b[" not in run(*args).stdout
     leader, follower = pty.openpty()
-    process = subprocess.Popen(command(*args), stdout=follower, stderr=subprocess.DEVNULL, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    process = subprocess.Popen(
+        command(*args), stdout=follower, stderr=subprocess.DEVNULL, env=os.environ | dict(OMP_NUM_THREADS="1")
+    )
     process.wait()
     os.close(follower)
     assert b"\x1b[48;5;" in os.read(leader, 10000)
@@ -160,7 +164,9 @@ def test_a_mistake_is_one_line(case, capsys):
 
 def test_a_mistake_is_one_line_in_a_shell():
     result = run("--ckpt", "nosuch", "x")
-    assert result.returncode == 1 and result.stderr.startswith("error: no checkpoint at nosuch") and result.stderr.count("\n") == 1
+    assert (
+        result.returncode == 1 and result.stderr.startswith("error: no checkpoint at nosuch") and result.stderr.count("\n") == 1
+    )
 
 
 def test_help_reads_like_documentation():

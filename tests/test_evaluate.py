@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import baselines
 import evaluate
+from tiny import close, tiny_model
+
 from generate import generate
 from model import KVCache, dense
 from skip import FFNSkip, Trace
-from tiny import close, tiny_model
 
 STORY = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "
 

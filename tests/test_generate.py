@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import models, tiny_model
 
 import generate as gen
 from generate import TextStream, find_policy, find_settings, generate, load_settings, model_name, sample, speedup_bound
 from model import ModelArgs, Transformer, dense
 from skip import FFNSkip, Trace
-from tiny import models, tiny_model
 
 
 class Bytes:
@@ -183,7 +183,11 @@ def test_a_policy_is_found_by_name_or_in_a_file(tmp_path):
     assert find_policy("dense", model) is dense
     assert find_policy("ffnskip", model, dict(cold_s=1, cold_e=3, sim_threshold=0.9)) == FFNSkip(1, 3, 0.9)
     assert find_policy(f"{file}:make", model, skip=0.25, seed=7) == (0.25, 7, dense)
-    for name, message in [("nosuch", "no policy nosuch"), (f"{file}:nosuch", "no policy"), ("no.py:make", "no policy file no.py")]:
+    for name, message in [
+        ("nosuch", "no policy nosuch"),
+        (f"{file}:nosuch", "no policy"),
+        ("no.py:make", "no policy file no.py"),
+    ]:
         with pytest.raises(ValueError, match=message):
             find_policy(name, model, skip=0.25)
     with pytest.raises(ValueError, match="needs --skip"):

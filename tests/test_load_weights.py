@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_golden import GOLDEN, LOGITS
 
 from load_weights import HUGGING_FACE, LoadError, demo_path, load_model, load_tokenizer
-from test_golden import GOLDEN, LOGITS
 
 ROOT = Path(__file__).parent.parent
 
@@ -174,7 +174,11 @@ def test_opening_takes_little_more_memory_than_what_must_change(tmp_path):
     layout, and the result with at most a tenth more where the dtype changes.
     """
     sizes = dict(dim=512, multiple_of=32, n_heads=8, n_layers=12, norm_eps=1e-5, vocab_size=1000)
-    tensors = {"tok_embeddings.weight": torch.zeros(1000, 512), "norm.weight": torch.ones(512), "output.weight": torch.zeros(1000, 512)}
+    tensors = {
+        "tok_embeddings.weight": torch.zeros(1000, 512),
+        "norm.weight": torch.ones(512),
+        "output.weight": torch.zeros(1000, 512),
+    }
     for i in range(12):
         for name in "wq", "wk", "wv", "wo":
             tensors[f"layers.{i}.attention.{name}.weight"] = torch.zeros(512, 512)

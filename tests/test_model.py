@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import NaiveLlama, add, chunkings, close, is_real, models, poisoned_cache, run, texts, tiny_model
 
 import model as model_py
 from model import KVCache, ModelArgs, RMSNorm, Transformer, dense, rope_factors, rotate
 from skip import Trace
-from tiny import NaiveLlama, add, chunkings, close, is_real, models, poisoned_cache, run, texts, tiny_model
 
 
 def on_meta(args):

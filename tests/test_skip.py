@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tiny import DTYPES, NaiveLlama, add, chunkings, close, dot, is_real, models, poisoned_cache, run, texts, tiny_model
 
 from model import dense
 from skip import FFNSkip, Trace
-from tiny import DTYPES, NaiveLlama, add, chunkings, close, dot, is_real, models, poisoned_cache, run, texts, tiny_model
 
 
 def cosines(model, **text):

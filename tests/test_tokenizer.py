@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
+from test_golden import GOLDEN
 
 import load_weights
 from load_weights import LoadError, SentencePieceTokenizer, load_tokenizer, render
-from test_golden import GOLDEN
 
 ORIGINAL = SentencePieceProcessor(model_file=str(GOLDEN / "tokenizer.model"))
 LINES = (GOLDEN / "text.txt").read_text(encoding="utf-8").splitlines() + [
@@ -76,13 +76,17 @@ def test_llama_2_chats_as_meta_wrote_it():
     turns = [dict(role="system", content="Be kind."), dict(role="user", content=" Hi "), dict(role="assistant", content="Ho"),
              dict(role="user", content="Why?")]  # fmt: skip
     first = "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n Hi [/INST] Ho "
-    assert tokenizer.decode(tokenizer.chat(turns)) == tokenizer.decode(tokenizer.encode(first) + tokenizer.encode("[INST] Why? [/INST]"))
+    assert tokenizer.decode(tokenizer.chat(turns)) == tokenizer.decode(
+        tokenizer.encode(first) + tokenizer.encode("[INST] Why? [/INST]")
+    )
     assert tokenizer.chat(turns[1:2]) == tokenizer.encode("[INST] Hi [/INST]")
     assert tokenizer.chat(turns).count(2) == 1 and tokenizer.chat(turns).count(1) == 2
 
 
 def test_a_template_is_rendered_in_a_sandbox():
-    assert render("{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}", [dict(content="x")], "<s>", "") == "<s>x"
+    assert (
+        render("{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}", [dict(content="x")], "<s>", "") == "<s>x"
+    )
     for template, message in [("{{ raise_exception('no system') }}", "no system"), ("{{ ''.__class__.__mro__ }}", "template failed"),
                               ("{% for %}", "template failed")]:  # fmt: skip
         with pytest.raises(LoadError, match=message):

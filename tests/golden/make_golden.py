@@ -68,7 +68,11 @@ def hugging_face_weights(w, n_kv_heads):
             weight = permute(weight, n_kv_heads)
         for ours, theirs in names.items():
             name = name.replace(f".{ours}.", f".{theirs}.")
-        top = {"tok_embeddings.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight", "norm.weight": "model.norm.weight"}
+        top = {
+            "tok_embeddings.weight": "model.embed_tokens.weight",
+            "output.weight": "lm_head.weight",
+            "norm.weight": "model.norm.weight",
+        }
         out[top.get(name, f"model.{name}")] = weight
     return out
 
@@ -164,11 +168,15 @@ def main():
     bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.Sequence([digits, byte_level]), tokenizers.decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=380, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=380, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train([str(TEXT)], trainer)
     vocab_size = sp.vocab_size()
     assert vocab_size == bpe.get_vocab_size() == 380
-    tokens = torch.tensor([sp.encode(line)[:8] for line in ("The capital of France is Paris, on the Seine.", "Layers 3 to 27 may skip: why?")])
+    tokens = torch.tensor(
+        [sp.encode(line)[:8] for line in ("The capital of France is Paris, on the Seine.", "Layers 3 to 27 may skip: why?")]
+    )
     out = dict(tokens=tokens)
 
     def write_sp(folder):
