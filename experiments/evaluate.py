@@ -48,6 +48,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import baselines
+
 import load_weights
 from generate import find_checkpoint, find_device, find_policy, find_settings, generate, load_module
 from model import KVCache, dense

@@ -1,0 +1,497 @@
+"""
+How fast it is: prefill and decode, dense and skipped, beside the bytes that memory must deliver (Table 4 of the paper).
+
+    python experiments/bench.py                                     the demo model
+    python experiments/bench.py --ckpt llama-2-7b --skip 0.2,0.3    a checkpoint, as for generate.py
+    python experiments/bench.py --shape 7B --layers 4               random weights: no file, and the speed of real ones
+    python experiments/bench.py --peers                             and transformers and llama.cpp, where installed
+    python experiments/bench.py --shape 7B --layers 4 --skip 0.3 --context 2048    cost of a token by cache length
+
+variants:
+  dense     every block runs
+  monitor   Algorithm 1 with sim_threshold=inf and no cold layers: the most that watching can cost
+  fixed     blocks chosen in advance are left out: what skipping alone gives
+  ffnskip   Algorithm 1 with k=1 and no cold layers, at exactly the ratio asked for: cosines are measured and read back
+            as ever, but then a plan drawn by chance, the same as in `fixed`, says which of them reach the threshold. It
+            differs from token to token, and with --batch from row to row
+All are timed token by token in turn, in one process, each with its own cache and the same tokens; peers follow in each
+repeat. A variant's time for a token is its median over the repeats, and the table has the mean of that over the tokens.
+
+columns:
+  prefill, decode  tokens/s, of all rows together; the prompt always runs in full
+  +-               interquartile range over the repeats, in % of the median
+  GB/s             bytes a decoding step needs (weights of what ran, keys and values of the cache) by its time
+  of read          the same as a share of the bandwidth at which this run reads one large tensor (CUDA: copies one)
+  speed-up, bound  over dense, and the most that the bytes not needed allow
+  of saving        share of the time which that bound says can be saved, that was saved
+  FLOPs saved      a token, as in Table 4: 2 for each weight of the feed-forward blocks left out
+  memory           peak of the process (CUDA: of its tensors) before any peer is loaded
+"""
+
+import random
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from model import KVCache, dense
+from skip import FFNSkip
+
+VARIANTS = ("dense", "monitor", "fixed", "ffnskip")
+
+
+def make_plan(n_layers, skip, tokens, batch=1, seed=0):
+    """
+    plan[token][layer]: a list of bool, one a row: that feed-forward block is left out. The share `skip` of them all, as
+    near as whole blocks come, none in layer 0 and never two in a row: with k=1 the one before is measured.
+    """
+    order, blocks = random.Random(seed), 0
+    plan = [[[False] * batch for _ in range(n_layers)] for _ in range(tokens)]
+    for i in range(tokens * batch):
+        n = round((i + 1) * skip * n_layers) - blocks  # the running total is right after every token
+        if n > n_layers // 2:
+            raise ValueError(f"--skip {skip}: of {n_layers} layers at most {n_layers // 2} can be skipped, each after one that runs")
+        blocks += n
+        for before, slot in enumerate(sorted(order.sample(range(n_layers - n), n))):
+            plan[i // batch][1 + slot + before][i % batch] = True
+    return plan
+
+
+class Fixed:
+    """Leaves out what the plan says, and looks at nothing."""
+
+    def __init__(self, plan):
+        self.plan = plan
+
+    def __call__(self, layers, x, step):
+        now = int(step.token_index[0, 0])
+        if now < 0:
+            return dense(layers, x, step)
+        for layer, skipped in zip(layers, self.plan[now]):
+            h = layer.attend(x, step)
+            rows = ~torch.tensor(skipped)[:, None] if any(skipped) else None  # (batch, 1)
+            x = h if all(skipped) else layer.feed(h, step, rows)
+        return x
+
+
+class Planned(FFNSkip):
+    """Algorithm 1, all of it, but for the scores it compares: those make it skip what the plan says."""
+
+    def __init__(self, plan):
+        super().__init__(0, len(plan[0]), sim_threshold=0.0, warm_up_index=-1, k=1)
+        self.scores = [[[1.0 if s else -1.0 for s in after] for after in token[1:] + [[False]]] for token in plan]
+
+    def cosine(self, h, temp, layer, step, measured):
+        score = super().cosine(h, temp, layer, step, measured)
+        return score and self.scores[int(step.token_index[0, 0])][layer.layer_id]
+
+
+class Ours:
+    """One variant at work: `rewind`, then `forward` the prompt, then token by token."""
+
+    def __init__(self, name, model, policy, batch, prompt_len, columns):
+        self.name, self.model, self.policy, self.prompt_len = name, model, policy, prompt_len
+        weight = model.tok_embeddings.weight
+        self.cache = KVCache(model.args, batch, columns, weight.dtype, weight.device)
+
+    def rewind(self):
+        self.cache.length, self.trace = 0, Trace()
+
+    def forward(self, tokens):
+        """The last token's logits (batch, vocab) of tokens (batch, seq) on the host; the likeliest is found as well."""
+        tokens = tokens.to(self.cache.k.device)
+        logits = self.model(tokens, self.cache, self.policy, self.prompt_len, trace=self.trace, last_only=True)[:, -1]
+        logits.argmax(-1).cpu()  # waits for the device too
+        return logits
+
+
+class Transformers:
+    """The same weights in Hugging Face's LlamaForCausalLM, called without its generate(), which only adds to the time."""
+
+    name, package = "transformers", "transformers"
+
+    def __init__(self, model, columns, folder):
+        from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+        args, self.make_cache = model.args, DynamicCache
+        config = LlamaConfig(
+            hidden_size=args.dim, intermediate_size=args.hidden_dim, num_hidden_layers=args.n_layers,
+            num_attention_heads=args.n_heads, num_key_value_heads=args.n_kv_heads, head_dim=args.head_dim,
+            vocab_size=args.vocab_size, rms_norm_eps=args.norm_eps, max_position_embeddings=args.max_seq_len,
+            tie_word_embeddings=args.tie_word_embeddings,
+            rope_parameters=dict(rope_type="default", rope_theta=args.rope_theta),
+        )  # fmt: skip
+        weights = {}
+        for name, weight in model.state_dict().items():
+            layer, name = re.fullmatch(r"(layers\.\d+\.)?(.*)", name).groups()
+            heads = {"attention.wq.weight": args.n_heads, "attention.wk.weight": args.n_kv_heads}.get(name)
+            if heads:  # back to Hugging Face's order of rows: see load_weights.interleave
+                weight = weight.view(heads, -1, 2, args.dim).transpose(1, 2).reshape(weight.shape)
+            name = next(theirs for theirs, ours in load_weights.HUGGING_FACE.items() if ours == name)
+            weights[f"model.{layer}{name}" if layer else name] = weight
+        self.model = LlamaForCausalLM(config).to(weight.dtype).eval()
+        self.model.load_state_dict(weights, strict=False, assign=True)
+        self.model.tie_weights()
+
+    def rewind(self):
+        self.cache = self.make_cache()
+
+    @torch.no_grad()
+    def forward(self, tokens):
+        tokens = tokens.to(self.model.device)
+        logits = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        logits.argmax(-1).cpu()
+        return logits
+
+
+class LlamaCpp:
+    """The same weights in llama.cpp, through a GGUF file in their dtype."""
+
+    name, package = "llama.cpp", "llama_cpp_python"
+
+    def __init__(self, model, columns, folder):
+        import llama_cpp
+
+        self.lib, self.vocab_size, path = llama_cpp, model.args.vocab_size, Path(folder, "model.gguf")
+        write_gguf(model, path)
+        self.quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: C holds no reference
+        llama_cpp.llama_log_set(self.quiet, None)
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = columns, columns, 512
+        params.n_threads = params.n_threads_batch = torch.get_num_threads()
+        self.context = self.model and llama_cpp.llama_init_from_model(self.model, params)
+        if not self.context:
+            raise ValueError("llama.cpp does not open these weights")
+
+    def rewind(self):
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+
+    def forward(self, tokens):
+        ids = (self.lib.llama_token * tokens.numel())(*tokens.flatten().tolist())
+        if self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(ids, len(ids))):
+            raise ValueError("llama.cpp failed")
+        logits = ctypes.addressof(self.lib.llama_get_logits_ith(self.context, -1).contents)
+        logits = torch.frombuffer((ctypes.c_float * self.vocab_size).from_address(logits), dtype=torch.float32)[None]
+        logits.argmax(-1)
+        return logits
+
+
+def write_gguf(model, path):
+    """The model, without a tokenizer, as a GGUF file in its own dtype."""
+    import gguf
+
+    args, dtype = model.args, model.tok_embeddings.weight.dtype
+    kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    out = gguf.GGUFWriter(path, "llama")
+    out.add_tokenizer_model("none")
+    out.add_vocab_size(args.vocab_size)
+    out.add_context_length(args.max_seq_len)
+    out.add_embedding_length(args.dim)
+    out.add_block_count(args.n_layers)
+    out.add_feed_forward_length(args.hidden_dim)
+    out.add_head_count(args.n_heads)
+    out.add_head_count_kv(args.n_kv_heads)
+    out.add_key_length(args.head_dim)
+    out.add_value_length(args.head_dim)
+    out.add_rope_dimension_count(args.head_dim)
+    out.add_rope_freq_base(args.rope_theta)
+    out.add_layer_norm_rms_eps(args.norm_eps)
+    names = {ours: theirs for theirs, ours in load_weights.GGUF.items()}
+    for name, weight in model.state_dict().items():
+        layer, name = re.fullmatch(r"(?:layers\.(\d+)\.)?(.*)\.weight", name).groups()
+        name = (f"blk.{layer}." if layer else "") + names[name] + ".weight"
+        weight = weight.cpu().contiguous()
+        if weight.dim() == 1:  # norms
+            out.add_tensor(name, weight.float().numpy())
+        else:
+            data = weight.view(torch.uint8).numpy() if kind == "BF16" else weight.numpy()
+            out.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+def compile_blocks(model):
+    """
+    torch.compile for what runs between the matrix products: norms, rotary embedding, SwiGLU. Not for attend and feed
+    whole: they contain their layer's number and the cache's length, for each of which another graph would be compiled.
+    """
+    llama.rotate = torch.compile(llama.rotate)
+    for layer in model.layers:
+        for part in layer.attention_norm, layer.ffn_norm, layer.feed_forward:
+            part.forward = torch.compile(part.forward)
+
+
+def random_model(args, dtype, device):
+    """A model whose activations stay of the size of 1, made where it runs."""
+    with torch.device("meta"):
+        model = Transformer(args)
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    for weight in model.parameters():
+        weight.fill_(1) if weight.dim() == 1 else weight.uniform_(-1, 1).mul_((3 / weight.size(1)) ** 0.5)
+    return model
+
+
+def reader(device):
+    """A function that reads (CUDA: copies) one large tensor, and returns bytes/s."""
+    big = torch.ones(2**13, 2**13, device=device)  # 256 MiB of float32
+    other = torch.empty_like(big) if device.type == "cuda" else big[0].clone()
+
+    def read():
+        begin = time.perf_counter()
+        out = other.copy_(big)[0] if device.type == "cuda" else torch.mv(big, other)
+        out[0].item()  # waits for the device
+        return big.nbytes * (2 if device.type == "cuda" else 1) / (time.perf_counter() - begin)
+
+    return read
+
+
+def bytes_needed(args, itemsize, batch, columns, ffn_run=1.0):
+    """Of one decoding step: the weights without the embedding's other rows, and `columns` of keys and values a row."""
+    attention = args.dim * args.head_dim * (2 * args.n_heads + 2 * args.n_kv_heads)
+    layer = attention + ffn_run * 3 * args.dim * args.hidden_dim + 2 * args.dim  # 2 norms
+    cache = batch * columns * 2 * args.n_kv_heads * args.head_dim
+    return itemsize * (args.n_layers * (layer + cache) + args.dim + args.vocab_size * args.dim)
+
+
+def flops_saved(args, skip):
+    """
+    A token: two, a multiplication and an addition, for each weight of the feed-forward blocks left out. Table 4 has these,
+    cut after the first decimal; its 0.3B at 5 % is less than the 0.4B that this gives.
+    """
+    return 2 * 3 * args.dim * args.hidden_dim * args.n_layers * skip
+
+
+def read_back(device):
+    """Seconds to bring one number from the device to the host: what each monitored layer costs beside its kernels."""
+    x = torch.ones(1, device=device)
+    return statistics.median(timed(x.tolist) for _ in range(101))
+
+
+def versions(peers):
+    names = ["torch"] + [peer.package for peer in peers]
+    return f"python {platform.python_version()}, " + ", ".join(f"{name} {metadata.version(name)}" for name in names)
+
+
+def timed(function, *args):
+    begin = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - begin
+
+
+def measure(runners, peers, prompt, tokens, repeats, read):
+    """Seconds: {runner: (repeats,)} of prefill and {runner: (repeats, tokens)} of decoding; bytes/s of plain reading."""
+    prefill, decode, bandwidth = {}, {}, []
+    for _ in range(repeats):
+        for group in [runners, *([peer] for peer in peers)]:
+            time.sleep(0.05)  # the threads of the one before spin for a while, waiting for work
+            for runner in group:
+                runner.rewind()
+                prefill.setdefault(runner, []).append(timed(runner.forward, prompt))
+            for token in tokens.split(1, dim=1):
+                for runner in group:
+                    decode.setdefault(runner, []).append(timed(runner.forward, token))
+                if group is runners:
+                    bandwidth.append(read())
+    decode = {runner: torch.tensor(times).view(repeats, -1) for runner, times in decode.items()}
+    return {r: torch.tensor(times) for r, times in prefill.items()}, decode, torch.tensor(bandwidth).median().item()
+
+
+def row(runner, base, times, first, last, args, options, itemsize, bandwidth):
+    """What is said of a runner's decoding steps [first, last), in which its cache grew; `base` is dense."""
+    prefill, decode, _ = times
+    middle = {r: decode[r].quantile(0.5, dim=0)[first:last] for r in (runner, base)}  # (steps,)
+    seconds, dense_seconds = middle[runner].mean().item(), middle[base].mean().item()
+    by_repeat = decode[runner][:, first:last].mean(1)  # (repeats,)
+    low, high = by_repeat.quantile(0.25).item(), by_repeat.quantile(0.75).item()
+    trace, batch = getattr(runner, "trace", None), options.batch
+    ran = trace.ran[:, :, options.prompt :][:, :, first:last] if trace else torch.ones(1, 1, 1)  # (layer, batch, step)
+    columns = options.prompt + (first + last + 1) / 2  # that the mean step attends to
+    needed = bytes_needed(args, itemsize, batch, columns, ran.any(1).float().mean().item())
+    bound = bytes_needed(args, itemsize, batch, columns) / needed
+    skipped = 1 - ran.float().mean().item()
+    return dict(
+        variant=runner.name,
+        ffn_skip_ratio=skipped,
+        columns=options.prompt + last,
+        prefill_tokens_per_s=batch * options.prompt / prefill[runner].quantile(0.5).item(),
+        decode_tokens_per_s=batch / seconds,
+        spread=(high - low) / seconds,
+        ms_per_step=seconds * 1e3,
+        gb_per_s=needed / seconds / 1e9,
+        share_of_read=needed / seconds / bandwidth,
+        speedup=dense_seconds / seconds,
+        speedup_bound=bound,
+        share_of_saving=(dense_seconds - seconds) / (dense_seconds * (1 - 1 / bound)) if bound > 1 else None,
+        gflops_saved=flops_saved(args, skipped) / 1e9,
+    )
+
+
+def table(rows):
+    """Lines for people."""
+    form = dict(
+        variant="{}", ffn_skip_ratio="{:.1%}", columns="{}", prefill_tokens_per_s="{:.1f}", decode_tokens_per_s="{:.2f}",
+        spread="{:.1%}", ms_per_step="{:.2f}", gb_per_s="{:.2f}", share_of_read="{:.1%}", speedup="{:.3f}",
+        speedup_bound="{:.3f}", share_of_saving="{:.0%}", gflops_saved="{:.2f} G",
+    )  # fmt: skip
+    names = dict(ffn_skip_ratio="skipped", prefill_tokens_per_s="prefill", decode_tokens_per_s="decode", spread="+-",
+                 ms_per_step="ms/step", gb_per_s="GB/s", share_of_read="of read", speedup="speed-up", speedup_bound="bound",
+                 share_of_saving="of saving", gflops_saved="FLOPs saved")  # fmt: skip
+    cells = [[names.get(key, key) for key in form]]
+    cells += [["-" if r[key] is None else form[key].format(r[key]) for key in form] for r in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in cells]
+
+
+def save(path, rows):
+    """Append to a CSV, with a header if it is new."""
+    new = not path.exists()
+    if not new and path.read_text().split("\n")[0].split(",") != list(rows[0]):
+        raise ValueError(f"{path}: has other columns than this version of bench.py writes: move it away")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in r.items()} for r in rows)
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")  # one line
+
+    def listed(kind):
+        return lambda text: [kind(part) for part in text.split(",") if part]
+
+    add = parser.add_argument
+    add("--ckpt", help="a checkpoint, as for generate.py; default: the demo model")
+    add("--shape", choices=SIZES, help="instead: random weights of that size of LLaMA-2")
+    add("--layers", type=positive, metavar="N", help="with --shape: so many layers, and the whole head")
+    add("--skip", type=listed(float), default=[0.05, 0.1, 0.2, 0.3, 0.5], metavar="R,R",
+        help="shares of FFN blocks to leave out, to 0.5 each; 0 is dense and monitor (default 0.05,0.1,0.2,0.3,0.5)")  # fmt: skip
+    add("--variants", type=listed(str), default=VARIANTS, help=f"default {','.join(VARIANTS)}; dense always runs")
+    add("--peers", action="store_true", help="also transformers and, on the CPU with --batch 1, llama.cpp, where installed")
+    add("--prompt", type=positive, default=128, metavar="N", help="tokens of the prompt (default 128)")
+    add("--tokens", type=positive, default=20, metavar="N", help="tokens to decode (default 20)")
+    add("--repeats", type=positive, metavar="N", help="how often, prompt and all (default 5, with --context 1)")
+    add("--context", type=positive, metavar="N", help="decode to N columns of cache; a row for each doubling of their number")
+    add("--batch", type=positive, default=1, metavar="N", help="rows, which disagree about what to skip (default 1)")
+    add("--device", help="default: cuda or mps where there is one")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's; bfloat16 with --shape")
+    add("--compile", action="store_true", help="torch.compile for norms, rotary embedding and SwiGLU; slow to start")
+    add("--out", type=Path, default=HERE / "results" / "bench.csv", metavar="FILE", help="CSV to append to (default %(default)s)")
+    options = parser.parse_args(argv)
+    for skip in options.skip:
+        if not 0 <= skip <= 0.5:
+            parser.error(f"--skip {skip} is not between 0 and 0.5: with k=1 a block that runs comes before each left out")
+    for variant in options.variants:
+        if variant not in VARIANTS:
+            parser.error(f"no variant {variant}: choose from {', '.join(VARIANTS)}")
+    if options.ckpt and options.shape:
+        parser.error("--ckpt and --shape exclude each other")
+    if options.layers and not options.shape:
+        parser.error("--layers goes with --shape")
+    if options.context and options.context <= options.prompt:
+        parser.error(f"--context {options.context} leaves nothing to decode after --prompt {options.prompt}")
+    return options
+
+
+def make_runners(model, options, steps):
+    """Our variants. Those that skip share one plan for each ratio."""
+    n_layers, rest = model.args.n_layers, (options.batch, options.prompt, options.prompt + steps)
+    runners = [Ours("dense", model, None, *rest)]
+    if "monitor" in options.variants:
+        runners.append(Ours("monitor", model, FFNSkip(0, n_layers, float("inf"), warm_up_index=-1), *rest))
+    for skip in filter(None, options.skip):
+        plan = make_plan(n_layers, skip, steps, options.batch)
+        for name, policy in ("fixed", Fixed), ("ffnskip", Planned):
+            if name in options.variants:
+                runners.append(Ours(name, model, policy(plan), *rest))
+    return runners
+
+
+def make_peers(model, options, columns, folder):
+    """transformers and llama.cpp with our weights, those of them that are installed and can."""
+    cpu = model.tok_embeddings.weight.device.type == "cpu" and options.batch == 1
+    for make, packages, can in (Transformers, ["transformers"], True), (LlamaCpp, ["llama_cpp", "gguf"], cpu):
+        missing = [package for package in packages if not importlib.util.find_spec(package)]
+        if missing or not can:
+            why = f"{missing[0]} is not installed" if missing else "it runs on the CPU with --batch 1 here"
+            print(f"[{make.name} is left out: {why}]", file=sys.stderr)
+        else:
+            yield make(model, columns, folder)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse_args(argv)
+    device = find_device(options.device)
+    if options.shape:
+        layers = dict(n_layers=options.layers) if options.layers else {}
+        args = ModelArgs.named(options.shape, **layers)
+        name = f"{options.shape} with {args.n_layers} layers, random"
+        model = random_model(args, getattr(torch, options.dtype or "bfloat16"), device)
+    else:
+        ckpt = find_checkpoint(options.ckpt)
+        name, model = model_name(ckpt), load_weights.load_model(ckpt, device, options.dtype)
+    weight = model.tok_embeddings.weight
+    steps = options.context - options.prompt if options.context else options.tokens
+    repeats = options.repeats or (1 if options.context else 5)
+    runners = make_runners(model, options, steps)
+    if options.compile:
+        compile_blocks(model)
+    random_ids = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.args.vocab_size, (options.batch, options.prompt + steps), generator=random_ids)
+    prompt, tokens = tokens[:, : options.prompt], tokens[:, options.prompt :]
+
+    read = reader(device)
+    measure(runners, [], prompt, tokens[:, :5], 1, read)  # warm-up
+    memory = peak_memory(device)
+    with tempfile.TemporaryDirectory() as folder:
+        peers = list(make_peers(model, options, options.prompt + steps, folder)) if options.peers else []
+        runners[0].rewind()
+        logits = runners[0].forward(prompt).cpu()
+        for peer in peers:
+            peer.rewind()
+            if torch.cosine_similarity(peer.forward(prompt).cpu(), logits).min() < 0.99:
+                raise ValueError(f"{peer.name} computes something else with these weights: no comparison")
+        measure([], peers, prompt, tokens[:, :5], 1, read)
+        times = measure(runners, peers, prompt, tokens, repeats, read)
+
+    edges = [0, steps]
+    while options.context and edges[1] + options.prompt > 2 * options.prompt:  # halves, from the longest cache down
+        edges.insert(1, max((edges[1] + options.prompt) // 2 - options.prompt, 0))
+    rows = [
+        row(runner, runners[0], times, first, last, model.args, options, weight.element_size(), times[2])
+        for runner in [*runners, *peers] for first, last in zip(edges, edges[1:]) if first < last
+    ]  # fmt: skip
+    about = dict(
+        device=device_name(device), threads=torch.get_num_threads(), dtype=str(weight.dtype).removeprefix("torch."),
+        model=name, batch=options.batch, prompt=options.prompt, steps=steps, repeats=repeats, compile=options.compile,
+        read_gb_per_s=times[2] / 1e9, peak_memory_bytes=memory, readback_us=1e6 * read_back(device),
+        versions=versions(peers), command=shlex.join(["python", "experiments/bench.py", *argv]),
+    )  # fmt: skip
+    print(*table(rows), sep="\n")
+    print("{model}, {dtype}, batch {batch}, prompt {prompt}, {device}, {threads} threads".format(**about))
+    print(f"plain read {times[2] / 1e9:.1f} GB/s; peak memory {(memory or 0) / 1e9:.2f} GB; one read-back {about['readback_us']:.1f} us")
+    save(options.out, [about | r for r in rows])
+    print(json.dumps(about | dict(rows=rows)))
+
+
+if __name__ == "__main__":
+    load_weights.run_command(main)
