@@ -51,8 +51,9 @@ import load_weights
 import model as llama
 from generate import find_checkpoint, find_device, model_name, peak_memory, positive
 from model import KVCache, ModelArgs, Transformer, dense
-from peers import make_peers
 from skip import FFNSkip, Trace
+
+from peers import make_peers
 
 VARIANTS = ("dense", "monitor", "fixed", "ffnskip")
 
@@ -67,7 +68,7 @@ def make_plan(n_layers, skip, tokens, batch=1, seed=0):
     for i in range(tokens * batch):
         n = round((i + 1) * skip * n_layers) - blocks  # the running total is right after every token
         if n > n_layers // 2:
-            raise ValueError(f"--skip {skip}: of {n_layers} layers at most {n_layers // 2} can be skipped, each after one that runs")
+            raise ValueError(f"--skip {skip}: of {n_layers} layers at most {n_layers // 2}, each after one that runs")
         blocks += n
         for before, slot in enumerate(sorted(order.sample(range(n_layers - n), n))):
             plan[i // batch][1 + slot + before][i % batch] = True
@@ -96,7 +97,8 @@ class Planned(FFNSkip):
 
     def __init__(self, plan):
         super().__init__(0, len(plan[0]), sim_threshold=0.0, warm_up_index=-1, k=1)
-        self.scores = [[[1.0 if s else -1.0 for s in after] for after in token[1:] + [[False]]] for token in plan]
+        nothing = [[False] * len(plan[0][0])]  # comes after the last layer
+        self.scores = [[[1.0 if s else -1.0 for s in after] for after in token[1:] + nothing] for token in plan]
 
     def cosine(self, h, temp, layer, step, measured):
         score = super().cosine(h, temp, layer, step, measured)
@@ -125,12 +127,12 @@ class Ours:
 def compile_blocks(model):
     """
     torch.compile for what runs between the matrix products: norms, rotary embedding, SwiGLU. Not for attend and feed
-    whole: they contain their layer's number and the cache's length, for each of which another graph would be compiled.
+    whole: they contain their layer's number and the cache's length, and would be compiled for each of them again.
     """
-    llama.rotate = torch.compile(llama.rotate)
+    llama.rotate = torch.compile(llama.rotate, dynamic=True)
     for layer in model.layers:
         for part in layer.attention_norm, layer.ffn_norm, layer.feed_forward:
-            part.forward = torch.compile(part.forward)
+            part.forward = torch.compile(part.forward, dynamic=True)
 
 
 def random_model(args, dtype, device):
@@ -167,8 +169,8 @@ def bytes_needed(args, itemsize, batch, columns, ffn_run=1.0):
 
 def flops_saved(args, skip):
     """
-    A token: two, a multiplication and an addition, for each weight of the feed-forward blocks left out. Table 4 has these,
-    cut after the first decimal; its 0.3B at 5 % is less than the 0.4B that this gives.
+    A token: two, a multiplication and an addition, for each weight of the feed-forward blocks left out. Table 4 has
+    these, cut after the first decimal, but for its 0.3B at 5 %, which would be 0.4B.
     """
     return 2 * 3 * args.dim * args.hidden_dim * args.n_layers * skip
 
@@ -191,7 +193,7 @@ def timed(function, *args):
 
 
 def measure(runners, peers, prompt, tokens, repeats, read):
-    """Seconds: {runner: (repeats,)} of prefill and {runner: (repeats, tokens)} of decoding; bytes/s of plain reading."""
+    """Seconds of prefill {runner: (repeats,)} and of decoding {runner: (repeats, tokens)}; bytes/s of plain reading."""
     prefill, decode, bandwidth = {}, {}, []
     for _ in range(repeats):
         for group in [runners, *([peer] for peer in peers)]:
@@ -215,19 +217,20 @@ def row(runner, base, times, first, last, args, options, itemsize, bandwidth):
     seconds, dense_seconds = middle[runner].mean().item(), middle[base].mean().item()
     by_repeat = decode[runner][:, first:last].mean(1)  # (repeats,)
     low, high = by_repeat.quantile(0.25).item(), by_repeat.quantile(0.75).item()
-    trace, batch = getattr(runner, "trace", None), options.batch
-    ran = trace.ran[:, :, options.prompt :][:, :, first:last] if trace else torch.ones(1, 1, 1)  # (layer, batch, step)
+    batch, trace = options.batch, getattr(runner, "trace", None)
+    ran = trace.ran[:, :, options.prompt :] if trace else torch.ones(1, 1, last, dtype=torch.bool)
+    ran = ran[:, :, first:last]  # (layer, batch, step)
     columns = options.prompt + (first + last + 1) / 2  # that the mean step attends to
-    needed = bytes_needed(args, itemsize, batch, columns, ran.any(1).float().mean().item())
+    needed = bytes_needed(args, itemsize, batch, columns, ran.any(1).double().mean().item())
     bound = bytes_needed(args, itemsize, batch, columns) / needed
-    skipped = 1 - ran.float().mean().item()
+    skipped = (~ran).sum().item() / ran.numel()
     return dict(
         variant=runner.name,
         ffn_skip_ratio=skipped,
         columns=options.prompt + last,
         prefill_tokens_per_s=batch * options.prompt / prefill[runner].quantile(0.5).item(),
         decode_tokens_per_s=batch / seconds,
-        spread=(high - low) / seconds,
+        spread=(high - low) / seconds if len(by_repeat) > 1 else None,
         ms_per_step=seconds * 1e3,
         gb_per_s=needed / seconds / 1e9,
         share_of_read=needed / seconds / bandwidth,
@@ -238,30 +241,36 @@ def row(runner, base, times, first, last, args, options, itemsize, bandwidth):
     )
 
 
+COLUMNS = dict(
+    variant=("variant", "{}"), ffn_skip_ratio=("skipped", "{:.1%}"), columns=("columns", "{}"),
+    prefill_tokens_per_s=("prefill", "{:.1f}"), decode_tokens_per_s=("decode", "{:.2f}"), spread=("+-", "{:.1%}"),
+    ms_per_step=("ms/step", "{:.2f}"), gb_per_s=("GB/s", "{:.2f}"), share_of_read=("of read", "{:.1%}"),
+    speedup=("speed-up", "{:.3f}"), speedup_bound=("bound", "{:.3f}"), share_of_saving=("of saving", "{:.0%}"),
+    gflops_saved=("FLOPs saved", "{:.2f} G"),
+)  # fmt: skip
+FIELDS = """device threads dtype model batch prompt steps repeats compile read_gb_per_s peak_memory_bytes readback_us
+versions command""".split() + list(COLUMNS)
+
+
 def table(rows):
     """Lines for people."""
-    form = dict(
-        variant="{}", ffn_skip_ratio="{:.1%}", columns="{}", prefill_tokens_per_s="{:.1f}", decode_tokens_per_s="{:.2f}",
-        spread="{:.1%}", ms_per_step="{:.2f}", gb_per_s="{:.2f}", share_of_read="{:.1%}", speedup="{:.3f}",
-        speedup_bound="{:.3f}", share_of_saving="{:.0%}", gflops_saved="{:.2f} G",
-    )  # fmt: skip
-    names = dict(ffn_skip_ratio="skipped", prefill_tokens_per_s="prefill", decode_tokens_per_s="decode", spread="+-",
-                 ms_per_step="ms/step", gb_per_s="GB/s", share_of_read="of read", speedup="speed-up", speedup_bound="bound",
-                 share_of_saving="of saving", gflops_saved="FLOPs saved")  # fmt: skip
-    cells = [[names.get(key, key) for key in form]]
-    cells += [["-" if r[key] is None else form[key].format(r[key]) for key in form] for r in rows]
+    cells = [[heading for heading, _ in COLUMNS.values()]]
+    cells += [["-" if r[key] is None else form.format(r[key]) for key, (_, form) in COLUMNS.items()] for r in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in cells]
+    return ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in cells]
+
+
+def check_out(path):
+    """Raise ValueError, before hours of measuring, if rows cannot be appended to the CSV."""
+    if path.exists() and path.read_text().split("\n")[0].split(",") != FIELDS:
+        raise ValueError(f"{path}: has other columns than this version of bench.py writes: move it away")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def save(path, rows):
-    """Append to a CSV, with a header if it is new."""
     new = not path.exists()
-    if not new and path.read_text().split("\n")[0].split(",") != list(rows[0]):
-        raise ValueError(f"{path}: has other columns than this version of bench.py writes: move it away")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in r.items()} for r in rows)
@@ -287,22 +296,23 @@ def parse_args(argv):
     add("--shape", choices=llama.SIZES, help="instead: random weights of that size of LLaMA-2")
     add("--layers", type=positive, metavar="N", help="with --shape: so many layers, and the whole head")
     add("--skip", type=listed(float), default=[0.05, 0.1, 0.2, 0.3, 0.5], metavar="R,R",
-        help="shares of FFN blocks to leave out, to 0.5 each; 0 is dense and monitor (default 0.05,0.1,0.2,0.3,0.5)")  # fmt: skip
+        help="shares of FFN blocks to leave out, up to 0.5; 0 is dense (default 0.05,0.1,0.2,0.3,0.5)")  # fmt: skip
     add("--variants", type=listed(str), default=VARIANTS, help=f"default {','.join(VARIANTS)}; dense always runs")
-    add("--peers", action="store_true", help="also transformers and, on the CPU with --batch 1, llama.cpp, where installed")
+    add("--peers", action="store_true", help="also transformers and llama.cpp (CPU, --batch 1), where installed")
     add("--prompt", type=positive, default=128, metavar="N", help="tokens of the prompt (default 128)")
     add("--tokens", type=positive, default=20, metavar="N", help="tokens to decode (default 20)")
     add("--repeats", type=positive, metavar="N", help="how often, prompt and all (default 5, with --context 1)")
-    add("--context", type=positive, metavar="N", help="decode to N columns of cache; a row for each doubling of their number")
+    add("--context", type=positive, metavar="N", help="decode to N columns of cache, a row for each doubling")
     add("--batch", type=positive, default=1, metavar="N", help="rows, which disagree about what to skip (default 1)")
     add("--device", help="default: cuda or mps where there is one")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's; bfloat16 with --shape")
     add("--compile", action="store_true", help="torch.compile for norms, rotary embedding and SwiGLU; slow to start")
-    add("--out", type=Path, default=HERE / "results" / "bench.csv", metavar="FILE", help="CSV to append to (default %(default)s)")
+    add("--out", type=Path, default=HERE / "results" / "bench.csv", metavar="FILE",
+        help="CSV to append to (default experiments/results/bench.csv)")  # fmt: skip
     options = parser.parse_args(argv)
     for skip in options.skip:
         if not 0 <= skip <= 0.5:
-            parser.error(f"--skip {skip} is not between 0 and 0.5: with k=1 a block that runs comes before each left out")
+            parser.error(f"--skip {skip} is not between 0 and 0.5: with k=1 one block runs before each left out")
     for variant in options.variants:
         if variant not in VARIANTS:
             parser.error(f"no variant {variant}: choose from {', '.join(VARIANTS)}")
@@ -332,6 +342,7 @@ def make_runners(model, options, steps):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     options = parse_args(argv)
+    check_out(options.out)
     device = find_device(options.device)
     if options.shape:
         layers = dict(n_layers=options.layers) if options.layers else {}
@@ -380,7 +391,8 @@ def main(argv=None):
     )  # fmt: skip
     print(*table(rows), sep="\n")
     print("{model}, {dtype}, batch {batch}, prompt {prompt}, {device}, {threads} threads".format(**about))
-    print(f"plain read {times[2] / 1e9:.1f} GB/s; peak memory {(memory or 0) / 1e9:.2f} GB; one read-back {about['readback_us']:.1f} us")
+    print("plain read {read_gb_per_s:.1f} GB/s; one read-back {readback_us:.1f} us; ".format(**about)
+          + ("peak memory unknown" if memory is None else f"peak memory {memory / 1e9:.2f} GB"))  # fmt: skip
     save(options.out, [about | r for r in rows])
     print(json.dumps(about | dict(rows=rows)))
 

@@ -1,0 +1,174 @@
+"""experiments/bench.py: what it counts is right and what it runs is the model; how fast it is, no test says."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import bench
+import model as llama
+import peers
+from generate import speedup_bound
+from load_weights import load_model
+from model import KVCache, ModelArgs
+from skip import Trace
+from test_golden import GOLDEN
+from tiny import tiny_model
+
+CKPT = str(GOLDEN / "hf-gqa")
+
+
+def written(model, policy, trace=None, batch=1, prompt=5, steps=6):
+    """Logits (steps, batch, vocab) of decoding as bench.py does it."""
+    runner = bench.Ours("", model, policy, batch, prompt, prompt + steps)
+    runner.rewind()
+    runner.trace = trace
+    tokens = torch.randint(model.args.vocab_size, (batch, prompt + steps), generator=torch.Generator().manual_seed(1))
+    runner.forward(tokens[:, :prompt])
+    return torch.stack([runner.forward(token) for token in tokens[:, prompt:].split(1, dim=1)])
+
+
+@pytest.mark.parametrize("skip", [0.05, 0.2, 0.3, 0.5])
+@pytest.mark.parametrize("n_layers, batch", [(4, 1), (30, 1), (32, 1), (30, 16)])
+def test_a_plan_leaves_out_exactly_the_share_and_never_two_blocks_in_a_row(skip, n_layers, batch):
+    plan = torch.tensor(bench.make_plan(n_layers, skip, tokens=20, batch=batch))  # (step, layer, batch)
+    assert plan.sum().item() == round(skip * plan.numel())
+    assert not plan[:, 0].any() and not (plan[:, 1:] & plan[:, :-1]).any()
+    assert batch == 1 or skip == 0.5 or (plan != plan[..., :1]).any()  # rows disagree where there is a choice
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_variants_compute_what_they_say(batch, dtype):
+    model = tiny_model(dtype=dtype, n_layers=6)
+    plan = bench.make_plan(6, 0.25, tokens=6, batch=batch)
+    traces = Trace(), Trace()
+    fixed, planned = (
+        written(model, policy(plan), trace, batch) for policy, trace in zip((bench.Fixed, bench.Planned), traces)
+    )
+    assert torch.equal(fixed, planned)  # the same blocks, through the same kernels
+    left_out = torch.tensor(plan).permute(1, 2, 0)  # (step, layer, batch) -> (layer, batch, step)
+    for trace in traces:
+        assert torch.equal(~trace.ran[:, :, 5:], left_out) and trace.ran[:, :, :5].all()
+    assert torch.equal(traces[1].cosine[:, :, 5:].isnan(), left_out)  # every block that ran was measured
+    monitor = bench.FFNSkip(0, 6, math.inf, warm_up_index=-1)
+    assert torch.equal(written(model, monitor, batch=batch), written(model, None, batch=batch))
+    assert not torch.equal(fixed, written(model, None, batch=batch))
+
+
+def test_flops_are_those_of_table_4():
+    args = ModelArgs.named("7B")
+    saved = {skip: math.floor(bench.flops_saved(args, skip) / 1e8) / 10 for skip in (0.1, 0.2, 0.3, 0.5)}
+    assert saved == {0.1: 0.8, 0.2: 1.7, 0.3: 2.5, 0.5: 4.3}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bytes_are_those_of_the_weights_and_the_cache(tied):
+    model = tiny_model(dtype=torch.bfloat16, head_dim=6, tie_word_embeddings=tied)
+    needed = bench.bytes_needed(model.args, 2, batch=1, columns=0)
+    embedding = 0 if tied else model.tok_embeddings.weight.nbytes
+    assert needed == sum(weight.nbytes for weight in model.parameters()) - embedding
+    half = bench.bytes_needed(model.args, 2, batch=1, columns=0, ffn_run=0.5)
+    assert needed / half == pytest.approx(speedup_bound(model, 0.5))
+    cache = KVCache(model.args, 3, 10, torch.bfloat16)
+    assert bench.bytes_needed(model.args, 2, batch=3, columns=10) - needed == cache.k.nbytes + cache.v.nbytes
+
+
+def test_compiled_blocks_compute_the_same(monkeypatch):
+    monkeypatch.setattr(llama, "rotate", llama.rotate)  # put back afterwards
+    model = tiny_model(n_layers=2)
+    plan = bench.make_plan(2, 0.5, tokens=6)
+    eager = [written(model, policy, prompt=1) for policy in (None, bench.Planned(plan))]
+    bench.compile_blocks(model)
+    compiled = [written(model, policy, prompt=1) for policy in (None, bench.Planned(plan))]
+    for one, other in zip(eager, compiled):
+        assert torch.allclose(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied, dtype", [(False, torch.bfloat16), (True, torch.float16), (True, torch.float32)])
+def test_the_gguf_file_for_llama_cpp_holds_the_same_weights(tmp_path, tied, dtype):
+    pytest.importorskip("gguf")
+    model = tiny_model(dtype=dtype, dim=32, hidden_dim=64, tie_word_embeddings=tied)
+    peers.write_gguf(model, tmp_path / "model.gguf")
+    back = load_model(tmp_path / "model.gguf", dtype=dtype)
+    model.args.norm_eps = pytest.approx(model.args.norm_eps)  # float32 in the file
+    assert asdict(back.args) == asdict(model.args)
+    for name, weight in model.state_dict().items():
+        same = weight.float() if dtype == torch.float16 and weight.dim() == 1 else weight
+        assert torch.equal(back.state_dict()[name], same.to(dtype)), name
+
+
+@pytest.mark.parametrize("peer", ["transformers", "llama_cpp"])
+def test_peers_compute_the_same_where_they_are_installed(tmp_path, peer):
+    make, packages = dict(
+        transformers=(peers.Transformers, ["transformers"]), llama_cpp=(peers.LlamaCpp, ["llama_cpp", "gguf"])
+    )[peer]  # fmt: skip
+    if not all(map(find_spec, packages)):
+        return  # no requirement of the project, not even of its tests
+    model = tiny_model(dim=64, hidden_dim=64)
+    other = make(model, 16, tmp_path)
+    other.rewind()
+    tokens = torch.arange(10)[None]
+    logits = [other.forward(chunk).clone() for chunk in tokens.split([8, 1, 1], dim=1)]
+    assert torch.allclose(torch.cat(logits), model(tokens)[0, 7:], atol=1e-2, rtol=1e-2)
+
+
+def test_command_line(tmp_path, capsys):
+    out = tmp_path / "bench.csv"
+    args = ["--ckpt", CKPT, "--skip", "0,0.25", "--prompt", "8", "--tokens", "8", "--repeats", "2", "--device", "cpu"]
+    args += ["--out", str(out)]
+    for batch in "1", "2":
+        bench.main([*args, "--batch", batch])
+        lines = capsys.readouterr().out.splitlines()
+        report = json.loads(lines[-1])
+        assert [r["variant"] for r in report["rows"]] == ["dense", "monitor", "fixed", "ffnskip"]
+        assert [r["ffn_skip_ratio"] for r in report["rows"]] == [0, 0, 0.25, 0.25]
+        assert lines[0].split()[:2] == ["variant", "skipped"] and lines[1].startswith("dense")
+        assert all(0 < r["gb_per_s"] and r["decode_tokens_per_s"] > 0 for r in report["rows"])
+        assert report["rows"][0]["speedup"] == report["rows"][0]["speedup_bound"] == 1
+        # of two rows only one leaves a block out: it is read, and nothing but arithmetic is saved
+        assert (report["rows"][3]["speedup_bound"] > 1) == (batch == "1")
+    rows = list(csv.DictReader(out.open()))
+    assert [r["batch"] for r in rows] == ["1"] * 4 + ["2"] * 4
+    assert rows[0]["command"].startswith("python experiments/bench.py --ckpt")
+    bench.main([*args, "--context", "40", "--variants", "ffnskip", "--out", str(tmp_path / "context.csv")])
+    columns = [r["columns"] for r in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]]
+    assert columns == [10, 20, 40] * 2  # dense, which always runs, and ffnskip
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--skip", "0.6"], "not between 0 and 0.5"),
+        (["--skip", "many"], "invalid"),
+        (["--variants", "dense,best"], "no variant best"),
+        (["--ckpt", "nowhere"], "no checkpoint at nowhere"),
+        (["--shape", "7B", "--ckpt", CKPT], "exclude each other"),
+        (["--layers", "2"], "goes with --shape"),
+        (["--prompt", "100", "--context", "100"], "leaves nothing to decode"),
+        (["--ckpt", CKPT, "--context", "1000000"], "max_seq_len"),
+        (["--ckpt", CKPT, "--out", str(GOLDEN / "text.txt")], "has other columns"),
+    ],
+)
+def test_errors_are_one_line(args, message, capsys):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        bench.main(["--device", "cpu", "--tokens", "2", "--prompt", "4", *args])
+    said = capsys.readouterr().err or str(error.value)  # load_weights.run_command prints a ValueError as one line
+    assert message in said and len(said.splitlines()) == 1
+
+
+def test_a_command_that_fails_says_so():
+    command = [sys.executable, str(ROOT / "experiments" / "bench.py"), "--ckpt", "nowhere"]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: no checkpoint at nowhere") and result.stderr.count("\n") == 1
