@@ -317,7 +317,8 @@ def need(package, file):
 
 
 GGUF = {
-    "token_embd": "tok_embeddings", "output_norm": "norm", "output": "output", "attn_norm": "attention_norm", "ffn_norm": "ffn_norm",
+    "token_embd": "tok_embeddings", "output_norm": "norm", "output": "output",
+    "attn_norm": "attention_norm", "ffn_norm": "ffn_norm",
     "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
     "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3",
 }  # fmt: skip
@@ -617,7 +618,8 @@ def describe(model, tokenizer):
         yield f"  {name + '.weight':24}{millions(module):10.2f} M in each of {args.n_layers} layers"
     share = args.n_layers * millions(layer.feed_forward) * 1e6 / total
     yield f"  {'all attention':24}{args.n_layers * millions(layer.attention):10.2f} M"
-    yield f"  {'all feed_forward':24}{args.n_layers * millions(layer.feed_forward):10.2f} M, {share:.0%} of all: what can be skipped"
+    all_ffn = args.n_layers * millions(layer.feed_forward)
+    yield f"  {'all feed_forward':24}{all_ffn:10.2f} M, {share:.0%} of all: what can be skipped"
     yield f"  {'tok_embeddings.weight':24}{millions(model.tok_embeddings):10.2f} M" + (
         ", also the output head" if model.output is None else ""
     )

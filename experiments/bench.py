@@ -47,13 +47,13 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from peers import make_peers
+
 import load_weights
 import model as llama
 from generate import find_checkpoint, find_device, model_name, peak_memory, positive
 from model import KVCache, ModelArgs, Transformer, dense
 from skip import FFNSkip, Trace
-
-from peers import make_peers
 
 VARIANTS = ("dense", "monitor", "fixed", "ffnskip")
 

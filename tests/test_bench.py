@@ -16,14 +16,15 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import bench
-import model as llama
 import peers
+from test_golden import GOLDEN
+from tiny import tiny_model
+
+import model as llama
 from generate import speedup_bound
 from load_weights import load_model
 from model import KVCache, ModelArgs
 from skip import Trace
-from test_golden import GOLDEN
-from tiny import tiny_model
 
 CKPT = str(GOLDEN / "hf-gqa")
 
