@@ -14,12 +14,13 @@ plans from recorded cosines alone (one row a token, one column a layer), with no
 
 import argparse
 import csv
+import importlib.util
 import json
 import math
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -35,7 +36,10 @@ def read_text(files):
     """The text of the files, one after the other: JSON lines with a key "text", or plain (as WikiText is)."""
     parts = []
     for file in map(Path, files):
-        text = file.read_text(encoding="utf-8")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
         if file.suffix in (".jsonl", ".json"):
             for number, line in enumerate(text.splitlines(), 1):
                 try:
@@ -47,11 +51,11 @@ def read_text(files):
     return "\n\n".join(parts)
 
 
-def text_windows(tokenizer, text, n_tokens):
-    """Windows (tokens, prompt_len 0) of up to 512 ids, n_tokens in all, each begun as the tokenizer begins a text."""
+def text_windows(tokenizer, text, n_tokens, window=WINDOW):
+    """Windows (tokens, prompt_len 0) of up to `window` ids, n_tokens in all, each begun as the tokenizer begins a text."""
     begin = tokenizer.encode("")
     ids = tokenizer.encode(text[: 12 * n_tokens], bos=False)[:n_tokens]
-    size = WINDOW - len(begin)
+    size = window - len(begin)
     return [(begin + ids[i : i + size], 0) for i in range(0, len(ids), size)]
 
 
@@ -70,6 +74,8 @@ def forward(model, windows, policy=None):
         trace, tokens = Trace(), torch.tensor([ids], device=device)
         logits = model(tokens, policy=policy, prompt_len=prompt_len, trace=trace)[0]
         yield tokens[0], logits, trace.token_index[0], trace
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def measure(model, windows, warm_up_index):
@@ -101,31 +107,23 @@ def cold_regions(curve):
     return start + low, start + max(low, high)
 
 
-class Recorded:
-    """A layer with recorded cosines (tokens,) for weights: h is (1, 0), and temp is turned from it by the cosine."""
-
-    def __init__(self, layer_id, cosine):
-        self.layer_id, self.temp = layer_id, torch.stack((cosine, (1 - cosine**2).clamp(min=0).sqrt()), dim=-1)[None]
-
-    def attend(self, x, step):
-        return torch.tensor([1.0, 0.0]).expand(self.temp.shape)  # (1, tokens, 2)
-
-    def feed(self, h, step, rows=None):
-        step.trace.record_ran(self.layer_id, rows)
-        return self.temp
-
-    def __call__(self, x, step):
-        return self.feed(self.attend(x, step), step)
-
-
 def replay(cosines, policy):
-    """The ffn_skip_ratio of a policy over recorded cosines (tokens, n_layers): a prediction, by the very walk of skip.py."""
-    layers = [Recorded(i, column) for i, column in enumerate(cosines.T.double())]
-    token_index = torch.full((1, len(cosines)), policy.warm_up_index + 1)
-    trace = Trace()
-    trace.begin(len(layers), token_index, real=token_index > policy.warm_up_index)
-    policy(layers, None, SimpleNamespace(token_index=token_index, trace=trace))
-    return trace.ffn_skip_ratio(policy.warm_up_index)
+    """
+    The ffn_skip_ratio of an FFNSkip over recorded cosines (tokens, n_layers), all past the warm-up, and full_every None: a
+    prediction, since what is skipped would change later cosines. The walk of skip.py, with a layer's tokens at once.
+    """
+    each = policy.sim_threshold if isinstance(policy.sim_threshold, (list, tuple)) else [policy.sim_threshold] * cosines.size(1)
+    watch = torch.ones(len(cosines), dtype=torch.bool)
+    left = torch.zeros(len(cosines), dtype=torch.long)  # FFN blocks still to skip
+    skipped = 0
+    for i in range(policy.cold_s, policy.cold_e):
+        skip_state = left > 0
+        skipped += skip_state.sum().item()
+        reached = watch & ~skip_state & (cosines[:, i].double() >= each[i])  # in double, as Python compares
+        if not policy.recheck:
+            watch &= left != 1  # its last block to skip: the rest of the token runs in full
+        left = torch.where(reached, policy.k or cosines.size(1), (left - 1).clamp(min=0))
+    return skipped / cosines.numel()
 
 
 def plan(cosines, make, wanted):
@@ -193,17 +191,23 @@ def quality(model, windows, policy, reference):
 
 
 def verify(model, windows, reference, cosines, make, target):
-    """(policy, predicted ratio, quality): planned, tried, and planned again until the achieved ratio is within 0.01."""
-    wanted, some = target, cosines[:: max(1, len(cosines) // 1000)]  # what is predicted from some is then measured on text
+    """
+    (policy, predicted ratio, quality) of the try nearest the target: planned, tried, and planned again by what was missed.
+    None if no try comes within 0.01. It goes on to 0.005, so that candidates are compared at the same ratio.
+    """
+    wanted, best, missed = target, None, math.inf
     for _ in range(6):
-        policy, predicted = plan(some, make, min(max(wanted, 0.0), 1.0))
+        policy, predicted = plan(cosines, make, min(max(wanted, 0.0), 1.0))
         if policy is None:
-            return None
+            break
         found = quality(model, windows, policy, reference)
-        if abs(found["ffn_skip_ratio"] - target) <= 0.01:
-            return policy, predicted, found
-        wanted += target - found["ffn_skip_ratio"]
-    return None
+        miss = target - found["ffn_skip_ratio"]
+        if abs(miss) < missed:
+            best, missed = (policy, predicted, found), abs(miss)
+        if missed <= 0.005:
+            break
+        wanted += miss
+    return best if missed <= 0.01 else None
 
 
 def draw_curve(curve, cold_s, cold_e):
@@ -216,13 +220,11 @@ def draw_curve(curve, cold_s, cold_e):
 
 def plot_curve(path, curve, cold_s, cold_e, title):
     """Figure 2 of the paper: the curve over the layers, cold regions red, the rest yellow."""
-    try:
-        import matplotlib
+    import matplotlib
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ValueError("--plot needs the package matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")  # draws into files, with or without a screen
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     axes.axvspan(-0.5, cold_s - 0.5, color="red", alpha=0.15, label="cold")
     axes.axvspan(cold_s - 0.5, cold_e - 0.5, color="gold", alpha=0.2, label="may skip")
@@ -231,6 +233,13 @@ def plot_curve(path, curve, cold_s, cold_e, title):
     axes.set(xlabel="layer", ylabel="cosine before and after the FFN", title=title, xlim=(-0.5, len(curve) - 0.5))
     axes.legend(loc="lower center")
     figure.savefig(path, dpi=150)
+
+
+def is_number(cell):
+    try:
+        return math.isfinite(float(cell))
+    except ValueError:
+        return False
 
 
 def read_cosines(file):
@@ -243,8 +252,8 @@ def read_cosines(file):
                 if not all(-1.01 <= value <= 1.01 for value in values):
                     raise ValueError
             except ValueError:
-                if number == 1:
-                    continue
+                if number == 1 and not any(map(is_number, row)):
+                    continue  # a header
                 raise ValueError(f"{file}, line {number}: not a row of cosines") from None
             if rows and len(values) != len(rows[0]):
                 raise ValueError(f"{file}, line {number}: {len(values)} columns, and the rows before have {len(rows[0])}")
@@ -297,19 +306,31 @@ def parse_args(argv):
     return options
 
 
+def check_outputs(*files):
+    """Raise ValueError if one of the files cannot be written, before minutes of work and without writing anything."""
+    for file in map(Path, filter(None, files)):
+        problem = (
+            "it is a folder" if file.is_dir() else "there is no such folder" if not file.parent.is_dir()
+            else None if os.access(file if file.exists() else file.parent, os.W_OK) else "no permission"
+        )  # fmt: skip
+        if problem:
+            raise ValueError(f"{file}: cannot be written: {problem}")
+
+
 def gather_windows(model, tokenizer, options):
     """What to measure on, and what to verify on: two thirds and one third of --max-tokens. And what to call it."""
+    window = min(WINDOW, model.args.max_seq_len)
     n, corpus = options.max_tokens, ", ".join(Path(file).name for file in options.text or ["the model's own text"])
     if options.text is None:
         begin = [tokenizer.bos_id if tokenizer.bos_id is not None else min(tokenizer.eos_ids)]
-        n_new = min(WINDOW, model.args.max_seq_len) - 1
+        n_new = window - 1
         windows = written_windows(model, [begin] * max(2, min(options.samples, n // n_new)), n_new, options.seed)
     else:
-        windows = text_windows(tokenizer, read_text(options.text), n)
+        windows = text_windows(tokenizer, read_text(options.text), n, window)
         if options.generated:
             corpus += ", 128 tokens generated after each of its prompts"
             starts = torch.randperm(max(1, len(windows)), generator=torch.Generator().manual_seed(options.seed)).tolist()
-            prompts = [windows[i][0][:128] for i in starts[: options.samples]]
+            prompts = [windows[i][0][: min(128, window // 2)] for i in starts[: options.samples]]
             windows = written_windows(model, prompts, 128, options.seed)
     windows = [(ids, prompt_len) for ids, prompt_len in windows if len(ids) - prompt_len > options.warm_up_index + 8]
     if len(windows) < 2:
@@ -322,26 +343,25 @@ def gather_windows(model, tokenizer, options):
 def main(argv=None):
     options = parse_args(argv)
     target, say = options.target_skip, lambda *lines: print(*lines, sep="\n", file=sys.stderr, flush=True)
-    out = Path(options.out) if options.out else None
+    out = Path(options.out) if options.out else settings_path(find_checkpoint(options.ckpt))
+    check_outputs(out, options.plot, options.save_cosines)
+    if options.plot and not importlib.util.find_spec("matplotlib"):
+        raise ValueError("--plot needs the package matplotlib: pip install matplotlib")
     if options.cosines:
         cosines, corpus = read_cosines(options.cosines), Path(options.cosines).name
         name = model_name(find_checkpoint(options.ckpt)) if options.ckpt else out.stem
         n_layers = load_weights.read_checkpoint(find_checkpoint(options.ckpt))[0].n_layers if options.ckpt else cosines.size(1)
         if n_layers != cosines.size(1):
             raise ValueError(f"{options.cosines}: {cosines.size(1)} columns, and {name} has {n_layers} layers")
-        out = out or settings_path(find_checkpoint(options.ckpt))
     else:
         ckpt = find_checkpoint(options.ckpt)
-        name, out = model_name(ckpt), out or settings_path(ckpt)
+        name = model_name(ckpt)
         tokenizer = load_weights.load_tokenizer(ckpt)
         model = load_weights.load_model(ckpt, find_device(options.device), options.dtype)
         say(f"[{name}: gathering text]")
         windows, held_out, corpus = gather_windows(model, tokenizer, options)
         say(f"[measuring cosines over {sum(len(ids) for ids, _ in windows)} tokens]")
         cosines = measure(model, windows, options.warm_up_index).cpu()
-        if options.save_cosines:
-            with open(options.save_cosines, "w", newline="") as file:
-                csv.writer(file).writerows([f"{value:.5f}" for value in row] for row in cosines.tolist())
     curve = cosines.mean(0).tolist()
     cold_s, cold_e = cold_regions(curve)
     print(
@@ -351,8 +371,6 @@ def main(argv=None):
     )
     print(f"cold regions: [0, {cold_s}) and [{cold_e}, {len(curve)})")
     made = candidates(cosines, cold_s, cold_e, options.warm_up_index)
-    if options.plot:
-        plot_curve(options.plot, curve, cold_s, cold_e, f"{name}, {corpus}")
 
     print("share of FFN blocks skipped, as predicted:", "  sim_threshold" + "".join(f"{k:>12}" for k in list(made)[:3]), sep="\n")
     for threshold in (0.90, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99):
@@ -383,6 +401,11 @@ def main(argv=None):
     if policy is None:
         raise ValueError(f"a share of {target} cannot be reached: at most {most:.3f} of all blocks can be skipped "
                          f"between the cold regions [0, {cold_s}) and [{cold_e}, {len(curve)})")  # fmt: skip
+    if options.plot:
+        plot_curve(options.plot, curve, cold_s, cold_e, f"{name}, {corpus}")
+    if options.save_cosines:
+        with open(options.save_cosines, "w", newline="") as file:
+            csv.writer(file).writerows([f"{value:.5f}" for value in row] for row in cosines.tolist())
     settings = dict(
         model=name, n_layers=len(curve), **asdict(policy), target_skip=target, predicted_skip=predicted,
         achieved_skip=found and found["ffn_skip_ratio"], chosen=chosen, quality=found,

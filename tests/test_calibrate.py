@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from test_golden import GOLDEN
 from tiny import tiny_model
 
 import calibrate
-from calibrate import Recorded, cold_regions, measure, plan, quality, read_cosines, read_text, replay, text_windows
+from calibrate import cold_regions, measure, plan, quality, read_cosines, read_text, replay, text_windows, verify
 from generate import main as generate_main
 from load_weights import load_tokenizer, run_command
 from skip import FFNSkip, Trace
@@ -84,6 +85,67 @@ def test_a_replay_is_algorithm_1_token_by_token(data):
     assert replay(torch.tensor(rows), policy) == pytest.approx(skipped / (len(rows) * n_layers))
 
 
+class Recorded:
+    """A layer for FFNSkip whose block turns h = (1, 0) by an angle of the recorded cosine, whatever was skipped before."""
+
+    def __init__(self, layer_id, cosine):
+        self.layer_id, self.temp = layer_id, torch.stack((cosine, (1 - cosine**2).sqrt()), dim=-1)[None]
+
+    def attend(self, x, step):
+        return torch.tensor([1.0, 0.0]).expand(self.temp.shape)  # (1, tokens, 2)
+
+    def feed(self, h, step, rows=None):
+        step.trace.record_ran(self.layer_id, rows)
+        return self.temp
+
+    def __call__(self, x, step):
+        return self.feed(self.attend(x, step), step)
+
+
+def walk(cosines, policy):
+    """The ffn_skip_ratio of the walk in skip.py itself over layers that show it the recorded cosines."""
+    layers = [Recorded(i, column) for i, column in enumerate(cosines.T.double())]
+    token_index = torch.full((1, len(cosines)), policy.warm_up_index + 1)
+    trace = Trace()
+    trace.begin(len(layers), token_index, real=torch.ones_like(token_index, dtype=torch.bool))
+    policy(layers, None, SimpleNamespace(token_index=token_index, trace=trace))
+    return trace.ffn_skip_ratio(policy.warm_up_index)
+
+
+@st.composite
+def recordings(draw, max_layers=12):
+    """(tokens, n_layers) cosines, many of them equal, so that thresholds are met exactly; and some settings."""
+    n_layers, n_tokens = draw(st.integers(1, max_layers)), draw(st.integers(1, 30))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    cosines = torch.randint(0, 9, (n_tokens, n_layers), generator=random) / 8  # 0, 1/8, ... 1
+    cold_s = draw(st.integers(0, n_layers))
+    threshold = st.integers(0, 9).map(lambda eighths: eighths / 8 - 1 / 16) | st.sampled_from([2.0, -2.0])
+    each = st.lists(threshold, min_size=n_layers, max_size=n_layers)
+    return cosines, FFNSkip(
+        cold_s, draw(st.integers(cold_s, n_layers)), draw(threshold | each), draw(st.sampled_from([-1, 25])),
+        k=draw(st.none() | st.integers(1, 4)), recheck=draw(st.booleans()),
+    )  # fmt: skip
+
+
+@given(recordings())
+def test_a_replay_is_the_walk_of_skip_py_to_the_last_bit(recorded):
+    cosines, policy = recorded
+    assert replay(cosines, policy) == walk(cosines, policy)
+
+
+def test_the_replay_of_cosines_drawn_by_hand():
+    cosines = torch.tensor([[0.9, 0.5, 0.9, 0.5, 0.9, 0.9]])
+    skipped = lambda threshold, **how: round(6 * replay(cosines, FFNSkip(0, 6, threshold, **how)))
+    assert skipped(0.75) == 5  # as printed: from the layer after the first to the last
+    assert skipped(0.75, k=1) == 3  # the second, the fourth and the last
+    assert skipped(0.75, k=1, recheck=False) == 1
+    assert skipped(0.75, k=2, recheck=False) == 2
+    assert skipped([2, 2, 0.75, 2, 2, 2], k=2) == 2
+    assert skipped(0.75, k=9) == 5 and skipped(2.0) == 0
+    exact = cosines[0, 0].item()  # equal is enough, and what lies above it by less than float32 can tell is not
+    assert skipped(exact, k=1) == 3 and skipped(math.nextafter(exact, 1), k=1) == 0
+
+
 def test_a_plan_skips_the_wanted_share_or_says_what_can_be_reached():
     cosines = torch.rand(300, 12, generator=torch.Generator().manual_seed(0)) * 0.4 + 0.6
     for k in None, 1, 2:
@@ -91,16 +153,6 @@ def test_a_plan_skips_the_wanted_share_or_says_what_can_be_reached():
         policy, ratio = plan(cosines, make, 0.25)
         assert abs(ratio - 0.25) < 0.01 and replay(cosines, policy) == ratio
     assert plan(cosines, make, 0.95)[0] is None and plan(cosines, make, 0.95)[1] < 0.95
-
-
-def test_recorded_layers_have_the_cosines_they_are_given():
-    cosine = torch.tensor([0.3, 0.99, 1.0])
-    layer = Recorded(0, cosine.double())
-    h = layer.attend(None, None)
-    trace = Trace()
-    trace.begin(1, torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool))
-    temp = layer.feed(h, type("Step", (), dict(trace=trace)))
-    assert torch.allclose(torch.cosine_similarity(h.double(), temp, dim=-1)[0], cosine.double(), atol=1e-6)
 
 
 def test_cosines_are_measured_past_the_warm_up_and_generated_text_past_its_prompt():
@@ -121,6 +173,33 @@ def test_quality_against_itself_is_perfect_and_perplexity_is_that_of_the_tokens(
     assert found["perplexity"] == pytest.approx(nll.exp().item(), rel=1e-5)
     worse = quality(model, [(ids, 0)], FFNSkip(0, 4, -1.5, warm_up_index=4), reference)
     assert worse["kl"] > 0 and worse["ffn_skip_ratio"] == 3 / 4
+
+
+def test_the_loop_closes_on_the_target_where_the_replay_misses_it():
+    model = tiny_model(n_layers=8, max_seq_len=256)
+    measured, held_out = [
+        [(torch.randint(31, (250,), generator=torch.Generator().manual_seed(seed)).tolist(), 0)] for seed in (1, 2)
+    ]
+    cosines = measure(model, measured, 5)
+    reference = [model(torch.tensor([ids]))[0].log_softmax(-1) for ids, _ in held_out]
+    wrong = cosines - 0.02  # a prediction that is off
+    make = lambda x: FFNSkip(0, 8, x, 5, k=1)
+    once = quality(model, held_out, plan(wrong, make, 0.25)[0], reference)["ffn_skip_ratio"]
+    policy, _, found = verify(model, held_out, reference, wrong, make, 0.25)
+    assert abs(found["ffn_skip_ratio"] - 0.25) <= 0.01 < abs(once - 0.25)
+    assert found == quality(model, held_out, policy, reference)
+    assert verify(model, held_out, reference, cosines, make, 0.9) is None
+
+
+@pytest.mark.parametrize("ratios, nearest", [
+    ([0.23, 0.207, 0.19, 0.212, 0.15, 0.25], 0.207), ([0.23, 0.199, 0.2], 0.199), ([0.23, 0.211] * 3, None),
+])  # fmt: skip
+def test_the_try_nearest_the_target_is_kept(ratios, nearest, monkeypatch):
+    tries = iter(ratios)
+    monkeypatch.setattr(calibrate, "quality", lambda *_: dict(ffn_skip_ratio=next(tries)))
+    cosines = torch.rand(300, 12, generator=torch.Generator().manual_seed(0))
+    result = verify(None, None, None, cosines, lambda x: FFNSkip(1, 11, x), 0.2)
+    assert (result and result[2]["ffn_skip_ratio"]) == nearest
 
 
 def test_text_is_read_from_plain_files_and_json_lines(tmp_path):
@@ -145,12 +224,7 @@ def checkpoint(tmp_path):
     return tmp_path / "small"
 
 
-@pytest.fixture
-def short_windows(monkeypatch):
-    monkeypatch.setattr(calibrate, "WINDOW", 60)  # the checkpoint's max_seq_len is 64
-
-
-def test_what_calibrate_writes_is_what_generate_runs(checkpoint, short_windows, capsys):
+def test_what_calibrate_writes_is_what_generate_runs(checkpoint, capsys):
     """The command line from text to skip.json beside the checkpoint, twice the same, and on to generate.py."""
     args = ["--ckpt", checkpoint, "--text", checkpoint.parent / "text.txt", "--target-skip", "0.1", "--warm-up-index", "5"]
     assert not run(*args), capsys.readouterr().err
@@ -164,7 +238,7 @@ def test_what_calibrate_writes_is_what_generate_runs(checkpoint, short_windows, 
     assert report["policy"] == "ffnskip" and report["settings"]["skip"]["sim_threshold"] == first["sim_threshold"]
 
 
-def test_the_model_can_write_its_own_text_and_cosines_are_saved(checkpoint, short_windows, tmp_path):
+def test_the_model_can_write_its_own_text_and_cosines_are_saved(checkpoint, tmp_path):
     saved = tmp_path / "cosines.csv"
     args = ["--ckpt", checkpoint, "--target-skip", "0.1", "--warm-up-index", "5", "--save-cosines", saved, "--seed", "3"]
     run(*args, "--out", tmp_path / "own.json")
@@ -194,6 +268,10 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, capsys):
     (folder / "ragged.csv").write_text("0.9,0.9\n0.9\n")
     (folder / "words.csv").write_text("0.9,0.9\n0.9,high\n")
     (folder / "good.csv").write_text("0.9,0.8\n0.9,0.7\n")
+    (folder / "first.csv").write_text("0.9,high\n0.9,0.8\n")
+    (folder / "wide.csv").write_text("0.9,0.8,0.7\n")
+    (folder / "latin.txt").write_bytes("na\u00efve".encode("latin-1"))
+    text = str(GOLDEN / "text.txt")
     small, out = str(GOLDEN / "hf-gqa"), ["--out", str(folder / "out.json")]
     for args, message in [
         (["--ckpt", "nosuch", *out], "no checkpoint at nosuch"),
@@ -202,15 +280,22 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, capsys):
         (["--ckpt", small, "--text", str(folder / "nosuch.txt"), *out], "nosuch.txt"),
         (["--cosines", str(folder / "ragged.csv"), *out], "ragged.csv, line 2: 1 columns, and the rows before have 2"),
         (["--cosines", str(folder / "words.csv"), *out], "words.csv, line 2: not a row of cosines"),
+        (["--cosines", str(folder / "first.csv"), *out], "first.csv, line 1: not a row of cosines"),
+        (["--cosines", str(folder / "wide.csv"), "--ckpt", small, *out], "wide.csv: 3 columns, and hf-gqa has 2 layers"),
         (["--cosines", str(folder / "good.csv"), "--target-skip", "0.9", *out], "0.9 cannot be reached"),
+        (["--ckpt", small, "--text", text, "--target-skip", "0.9", *out], "0.9 cannot be reached"),
+        (["--ckpt", small, "--text", str(folder / "latin.txt"), *out], "latin.txt: not UTF-8 text"),
+        (["--ckpt", small, "--text", text, "--out", str(folder)], "cannot be written: it is a folder"),
+        (["--ckpt", small, "--text", text, "--out", str(folder / "no" / "out.json")], "cannot be written: there is no such folder"),
         (["--cosines", str(folder / "good.csv"), "--ckpt", str(GOLDEN / "hf-gqa"), "--target-skip", "0.9"], "cannot be reached"),
         (["--cosines", str(folder / "good.csv")], "--cosines needs --out"),
         (["--target-skip", "2", *out], "--target-skip 2.0"),
     ]:
-        code = run(*args)
+        before = sorted(folder.iterdir())
+        code = run("--warm-up-index", 5, "--save-cosines", folder / "saved.csv", *args)
         errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]
         assert code and len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], (args, errors)
-        assert not (folder / "out.json").exists()
+        assert sorted(folder.iterdir()) == before
 
 
 def test_the_curve_is_drawn(tmp_path):
