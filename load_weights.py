@@ -25,6 +25,7 @@ import re
 import shutil
 import struct
 import sys
+import traceback
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -681,6 +682,11 @@ def run_command(main):
         sys.exit(130)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:  # a mistake in somebody's policy file, or one of ours: say where
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+        file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else frames[-1][:2]
+        print(f"error: {file}, line {line}: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -162,6 +162,22 @@ def test_a_mistake_is_one_line(case, capsys):
     assert end.value.code and len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], errors
 
 
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        ("def make(model, skip, tokens=None, seed=0)\n    pass\n", "mine.py, line 1: SyntaxError"),
+        ("def make(model, skip, tokens=None, seed=0):\n    raise KeyError(skip)\n", "mine.py, line 2: KeyError: 0.2"),
+        ("def make(*args, **kwargs):\n    return lambda layers, x, step:\\\n        nosuch(x)\n", "mine.py, line 3: NameError"),
+    ],
+)
+def test_a_mistake_in_a_policy_file_is_reported_with_its_line(code, message, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(SystemExit):
+        run_command(lambda: main(["--ckpt", CKPT, "--policy", f"{tmp_path / 'mine.py'}:make", "--skip", "0.2", "x"]))
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], errors
+
+
 def test_a_mistake_is_one_line_in_a_shell():
     result = run("--ckpt", "nosuch", "x")
     assert (
