@@ -290,24 +290,27 @@ def perplexity(model, tokenizer, policy, text, options):
     device = model.tok_embeddings.weight.device
     all_tokens = windows(tokenizer, text, options.limit or 32768, min(options.window, model.args.max_seq_len))
     first = max(options.warm_up) + 1  # of the tokens whose predictions are compared
-    nll, nll_past, kl, agree, work, holes, read = [], [], [], [], [], 0, 0
+    nll, kl, agree, work, holes, read = [], [], [], [], 0, 0
     for i, tokens in enumerate(progress(all_tokens.to(device), options.label)):
         cache, trace = KVCache(model.args, 1, len(tokens), model.tok_embeddings.weight.dtype, device), Trace()
         parts = tokens[None].split(1 if options.decode else len(tokens), dim=1)
         logits = torch.cat([model(part, cache, policy, trace=trace)[0] for part in parts])[:-1]  # (seq - 1, vocab)
-        log_p = logits.log_softmax(-1)
-        log_dense = model.logits(dense_state(model, tokens, i, options.reference))[0, :-1].log_softmax(-1)
-        loss = -log_p.gather(1, tokens[1:, None])[:, 0]
-        nll.append(loss)
-        nll_past.append(loss[first:])
-        kl.append((log_dense.exp() * (log_dense - log_p)).sum(-1)[first:])
-        agree.append((log_p.argmax(-1) == log_dense.argmax(-1))[first:])
+        reference = model.logits(dense_state(model, tokens, i, options.reference))[0, :-1]
+        loss, divergence, same = [], [], []
+        for ours, theirs, target in zip(logits.split(32), reference.split(32), tokens[1:].split(32)):  # what caches hold
+            log_p, log_dense = ours.log_softmax(-1), theirs.log_softmax(-1)  # (32, vocab)
+            loss.append(-log_p.gather(1, target[:, None])[:, 0])
+            divergence.append((log_dense.exp() * (log_dense - log_p)).sum(-1))
+            same.append(log_p.argmax(-1) == log_dense.argmax(-1))
+        nll.append(torch.cat(loss))
+        kl.append(torch.cat(divergence)[first:])
+        agree.append(torch.cat(same)[first:])
         holes += baselines.attended_holes(cache).sum().item()
         read += (cache.written * torch.arange(1, len(tokens) + 1)).sum().item()
         work.append(counts(trace, policy_warm_up(policy, options)))
     average = lambda parts: torch.cat(parts).double().mean()
     return dict(
-        perplexity=average(nll).exp().item(), perplexity_past_warm_up=average(nll_past).exp().item(),
+        perplexity=average(nll).exp().item(), perplexity_past_warm_up=average([loss[first:] for loss in nll]).exp().item(),
         kl=average(kl).item(), top1_agreement=average(agree).item(), holes_read=holes / read,
         tokens=all_tokens.numel(), tokens_compared=sum(map(len, kl)), **ratios(work),
     )  # fmt: skip
@@ -614,7 +617,7 @@ def make_policy(name, model, skip, tokens, options):
                 near = policy
             policy, ratio = min([(policy, ratio), (near, measure(near))], key=lambda pair: abs(pair[1] - skip))
         return policy, ratio
-    settings = dict(dict(sim_threshold=1.0), **options.settings, warm_up_index=options.warm_up_index)
+    settings = dict(sim_threshold=1.0) | options.settings | dict(warm_up_index=options.warm_up_index)
     base = find_policy("ffnskip", model, settings)
     if name == "printed":
         cold_s, cold_e = options.printed_cold or (base.cold_s, base.cold_e)

@@ -331,3 +331,19 @@ def test_a_hole_reads_as_zero_key_and_value():
 def test_no_device_is_named():
     source = Path(model_py.__file__).read_text().lower()
     assert not [name for name in ("cuda", "mps", "xpu", "is_available") if name in source]
+
+
+@pytest.mark.parametrize("columns", [1, 100, 5000])  # 5000: a head at a time
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_a_single_row_is_exact_to_its_dtype(columns, dtype, masked):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, n, 64, generator=draw).to(dtype) for n in (1, columns, columns))
+    mask = torch.rand(2, 1, 1, columns, generator=draw) < 0.7 if masked else None
+    if masked:
+        mask[..., -1] = True
+    out = model_py.scaled_dot_product_attention(q, k, v, mask)
+    scores = (q.double() @ k.double().mT / 8).masked_fill(torch.tensor(False) if mask is None else ~mask, -torch.inf)
+    expected = scores.softmax(-1) @ v.double()
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
