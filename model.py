@@ -161,16 +161,16 @@ def matrix_vector():
         torch.backends.mkldnn.enabled = enabled
 
 
-def scaled_dot_product_attention(q, k, v, mask):
+def attention_of_one(q, k, v, mask, scratch):
     """
-    PyTorch's, of q (batch, n_kv_heads, group * seq, head_dim). On a CPU it multiplies a single 16-bit row at a tenth of the
-    memory's speed: such rows go through float32, so many heads at a time that the copies stay in the processor's cache.
+    Scaled dot-product attention of a single 16-bit row, q (1, n_heads, 1, head_dim), which PyTorch's CPU kernel multiplies at
+    a tenth of the memory's speed: in float32, so many heads at a time as `scratch`, (2, elements), has room for. It is kept
+    over the layers, since memory that is given back to the system and asked for again costs more than the copies.
     """
-    if q.size(2) > 1 or q.device.type != "cpu" or q.dtype == torch.float32:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    heads = max(1, 2**19 // (k.size(0) * k.size(2) * k.size(3)))  # LLaMA-2-7B, 2,000 columns: 2
-    parts = zip(q.split(heads, dim=1), k.split(heads, dim=1), v.split(heads, dim=1))
-    out = [F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask) for q, k, v in parts]
+    heads, out = max(1, scratch.size(1) // k[:, 0].numel()), []  # 2,000 columns of LLaMA-2-7B: 2 heads
+    for q_part, *parts in zip(*(x.split(heads, dim=1) for x in (q, k, v))):
+        k32, v32 = (room[: x.numel()].view(x.shape).copy_(x) for room, x in zip(scratch, parts))
+        out.append(F.scaled_dot_product_attention(q_part.float(), k32, v32, attn_mask=mask))
     return torch.cat(out, dim=1).type_as(q)
 
 
@@ -183,6 +183,7 @@ class Step:
     token_index: torch.Tensor  # (batch, seq) on the host: position - prompt_len, negative in the prompt and in padding
     rope: tuple  # cos and sin of the positions
     mask: torch.Tensor | None  # (batch or 1, 1, group * seq, columns), None where a token sees every column
+    scratch: torch.Tensor | None  # for attention_of_one, None where that is not needed
     trace: object  # a skip.Trace, or None
     logits: object  # x (batch, seq, dim) -> fp32 logits (batch, seq, vocab): the model's final norm and head
 
@@ -211,7 +212,11 @@ class Attention(nn.Module):
         # The heads of a group share their keys: queries of one group become more queries of one head, and no key is
         # copied. Head h of Meta's order belongs to key-value head h // group.
         q = q.unflatten(2, (n_kv_heads, -1)).permute(0, 2, 3, 1, 4)  # (1, 1, 9, 64) -> (1, 3, 3, 1, 64)
-        out = scaled_dot_product_attention(q.flatten(2, 3), k, v, step.mask)  # (1, 3, 3 * 1, 64)
+        q = q.flatten(2, 3)  # (1, 3, 3 * 1, 64)
+        if step.scratch is not None:
+            out = attention_of_one(q, k, v, step.mask, step.scratch)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask)
         out = out.unflatten(2, (-1, seq)).permute(0, 3, 1, 2, 4)  # (1, 3, 3, 1, 64) -> (1, 1, 3, 3, 64)
         return self.wo(out.reshape(batch, seq, n_heads * head_dim))  # (1, 1, 576)
 
@@ -349,4 +354,7 @@ class Transformer(nn.Module):
             trace.begin(self.args.n_layers, token_index, real=positions >= 0)
         positions = positions.clamp(min=0)
         rope = rope_factors(positions, self.args, device)
-        return Step(cache, positions, token_index, rope, mask, trace, self.logits)
+        one = batch * seq == 1 and self.args.n_heads == self.args.n_kv_heads and device.type == "cpu"
+        # 2 MB for the keys and 2 MB for the values, and for one head always
+        scratch = torch.empty(2, max(2**19, end * self.args.head_dim)) if one and cache.k.dtype != torch.float32 else None
+        return Step(cache, positions, token_index, rope, mask, scratch, trace, self.logits)

@@ -273,20 +273,24 @@ def uniform(seed, layer_id, token_index):
 def calibration_text(model, tokens=None, seed=0):
     """
     (batch, seq) ids on the model's device: `tokens`, in windows of 512 where they are one long row; for None, four
-    short texts that the model itself writes from random first tokens.
+    short texts that the model itself writes.
     """
-    device = model.tok_embeddings.weight.device
     if tokens is None:
-        from generate import generate  # only here: generate.py looks policies up in this file
-
-        first = torch.randint(model.args.vocab_size, (4, 1), generator=torch.Generator().manual_seed(seed))
-        written = list(generate(model, first.tolist(), max_new_tokens=128, temperature=1.0, seed=seed))
-        return torch.tensor(written).T.to(device)  # (128, 4) -> (4, 128)
-    tokens = torch.as_tensor(tokens).to(device)
+        return written_text(model, 4, 128, seed)
+    tokens = torch.as_tensor(tokens).to(model.tok_embeddings.weight.device)
     if tokens.dim() == 1:
         seq = min(len(tokens), 512, model.args.max_seq_len)
         tokens = tokens[: len(tokens) // seq * seq].view(-1, seq)
     return tokens
+
+
+def written_text(model, batch, seq, seed=0):
+    """(batch, seq) ids that the dense model writes, drawn at temperature 1, after random first tokens."""
+    from generate import generate  # only here: generate.py looks policies up in this file
+
+    first = torch.randint(model.args.vocab_size, (batch, 1), generator=torch.Generator().manual_seed(seed))
+    written = list(generate(model, first.tolist(), max_new_tokens=seq, temperature=1.0, seed=seed))
+    return torch.tensor(written).T.to(model.tok_embeddings.weight.device)  # (seq, batch) -> (batch, seq)
 
 
 def ffn_skip_ratio(model, policy, tokens):

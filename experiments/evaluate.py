@@ -3,12 +3,13 @@ Measure skip policies on a task: a table on the screen and a CSV, one row for ea
 
     python experiments/evaluate.py perplexity --data wiki.test.raw --calibration wiki.train.raw
     python experiments/evaluate.py factoid --data FreebaseQA-eval.json --policies dense,ffnskip,random --skip 0.05,0.25
-    python experiments/evaluate.py perplexity --data wiki.test.raw --policies dense,ffnskip,mine.py:make
+    python experiments/evaluate.py perplexity --policies ffnskip,mine.py:make --skip 0.25
 
 tasks, and what --data is for each:
   perplexity  text, plain or JSONL with a key "text" (WikiText-2 raw, C4). In windows, each through the real skip path
               in one parallel pass; with --decode token by token, which gives the same. Also KL(dense || policy), top-1
-              agreement with dense, and the share of holes among the cache entries that were read
+              agreement with dense, and the share of holes among the cache entries that were read. Without --data the
+              model writes the text itself: enough to compare policies, not models
   warmup      the same for several --warm-up-index, all measured over the tokens past the largest of them (Figure 5)
   factoid     FreebaseQA (JSON, or lines "question | answer") or TriviaQA (JSON): 5-shot, greedy, exact match (Table 3)
   mmlu        a folder with dev/ and test/, Hendrycks' CSV files: 5-shot, the likeliest letter, by category (Table 5)
@@ -35,6 +36,7 @@ import string
 import sys
 import time
 import uuid
+import zlib
 from argparse import Namespace
 from collections import Counter
 from dataclasses import fields, replace
@@ -288,7 +290,11 @@ def perplexity(model, tokenizer, policy, text, options):
     work is done once, up to its output head.
     """
     device = model.tok_embeddings.weight.device
-    all_tokens = windows(tokenizer, text, options.limit or 32768, min(options.window, model.args.max_seq_len))
+    seq = min(options.window, model.args.max_seq_len)
+    if text is None:
+        all_tokens = baselines.written_text(model, 16, min(seq, 256), options.seed + 1)  # not what it is calibrated on
+    else:
+        all_tokens = windows(tokenizer, text, options.limit or 32768, seq)
     first = max(options.warm_up) + 1  # of the tokens whose predictions are compared
     nll, kl, agree, work, holes, read = [], [], [], [], 0, 0
     for i, tokens in enumerate(progress(all_tokens.to(device), options.label)):
@@ -573,6 +579,12 @@ def find_factory(name):
     return factory
 
 
+def edition(name):
+    """What a policy's rows are kept under: FILE.py:FACTORY@CHECKSUM, so that a changed file is run again."""
+    file, _, _ = name.rpartition(":")
+    return f"{name}@{zlib.crc32(Path(file).read_bytes()):08x}" if file else name
+
+
 def bytes_per_skip(name, model):
     """Bytes of weights not read when the policy called `name` skips one FFN block, and those of the block alone."""
     left_out = ("feed_forward", *getattr(find_factory(name), "also_skips", ()))
@@ -728,7 +740,7 @@ def parse_args(argv):
     names = lambda text: [part.strip() for part in text.split(",") if part.strip()]
     add = parser.add_argument
     add("task", choices=TASKS)
-    add("--data", required=True, metavar="FILE", help="see the tasks above; for mmlu a folder")
+    add("--data", metavar="FILE", help="see the tasks above; for mmlu a folder")
     add("--ckpt", help="checkpoint, as for generate.py; default: the demo model")
     add("--policies", type=names, default=names(POLICIES), metavar="A,B", help="dense, ffnskip, printed (Algorithm 1 "
         "as printed: skip up to cold_e), names in baselines.py, FILE.py:FACTORY; default: all")  # fmt: skip
@@ -753,7 +765,7 @@ def parse_args(argv):
     add("--prompt-tokens", type=int, default=128, metavar="N", help="of a prompt from text (default 128)")
     add("--chat", action="store_true", help="the checkpoint's chat template instead of the paper's prompt")
     add("--batch-size", type=int, default=16, metavar="N", help="texts at a time (default 16)")
-    add("--output", metavar="CSV", help="default: experiments/results/TASK.csv")
+    add("--output", metavar="CSV", help="default: experiments/results/TASK.csv, without --data TASK_own_text.csv")
     add("--device", help="cpu, cuda, cuda:1, mps; default: cuda or mps where there is one")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     add("--seed", type=int, default=0)
@@ -769,6 +781,8 @@ def parse_args(argv):
     group.add_argument("--printed-cold", type=numbers(int), metavar="S,E", help="cold_s and cold_e of `printed` "
                        "(default: those of ffnskip)")  # fmt: skip
     options = parser.parse_args(argv)
+    if options.data is None and options.task not in ("perplexity", "warmup"):
+        parser.error(f"{options.task} needs --data")
     if any(not 0 < skip < 1 for skip in options.skip):
         parser.error("--skip wants shares between 0 and 1")
     if not set(options.match) <= {"ffn", "bytes"}:
@@ -776,7 +790,8 @@ def parse_args(argv):
     options.warm_up = options.warm_up or ([-1, 5, 10, 15, 20, 25, 30, 40, 60] if options.task == "warmup" else [25])
     lengths = dict(mtbench=1024, summarize=256, worstcase=512)
     options.max_new_tokens = options.max_new_tokens or lengths.get(options.task, 256)
-    options.output = options.output or str(HERE / "results" / f"{options.task}.csv")
+    own = "" if options.data else "_own_text"
+    options.output = options.output or str(HERE / "results" / f"{options.task}{own}.csv")
     written = options.task in ("mtbench", "summarize", "collapse", "worstcase")
     options.target_len = options.max_new_tokens if written else options.window
     return options
@@ -788,7 +803,7 @@ def main(argv=None):
     for name in options.policies:
         find_factory(name)
     device = find_device(options.device)
-    data = load(options.data, options)
+    data = load(options.data, options) if options.data else None
     same = ("task", "data", "ckpt", "dtype", "limit", "window", "decode", "subjects", "max_new_tokens", "prompt_tokens",
             "chat", "seed", "calibration", "calibration_tokens")  # fmt: skip
     table = Table(options.output, {key: getattr(options, key) for key in same})
@@ -799,7 +814,7 @@ def main(argv=None):
     options.settings = find_settings(flags, ckpt, model.args.n_layers)
     tokens, options.reference = None, {}
     for name, skip, match, warm_up in grid(options):
-        key = dict(policy=name, skip=skip, match=match, warm_up_index=warm_up)
+        key = dict(policy=edition(name), skip=skip, match=match, warm_up_index=warm_up)
         whole, ffn = bytes_per_skip(name, model)
         if table.has(key) or (match == "bytes" and (whole == ffn or skip is None)):
             continue  # of a policy that skips nothing but FFN blocks, equal bytes are equal blocks

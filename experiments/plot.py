@@ -1,16 +1,23 @@
 """
-Draw what evaluate.py measured: a picture beside each CSV in a folder; or print a column of one as a Markdown table.
+Draw what was measured, each picture beside its CSV:
 
-    python experiments/plot.py                       experiments/results/*.csv -> experiments/results/*.png
-    python experiments/plot.py FOLDER
-    python experiments/plot.py FILE.csv COLUMN
+    python experiments/plot.py                       all of experiments/results/, and the cosine curves of config/
+    python experiments/plot.py FOLDER                the CSVs of evaluate.py and bench.py in a folder of yours
+    python experiments/plot.py TRACE.csv             which blocks `generate.py --trace TRACE.csv` skipped, token by token
+
+or print it:
+
+    python experiments/plot.py TRACE.csv 30          the token with token_index 30, layer by layer
+    python experiments/plot.py perplexity.csv kl     a column of evaluate.py's CSV as a Markdown table
 """
 
 import csv
+import json
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+CURVES = "smollm2-135m-instruct", "llama-2-7b"  # in config/, where calibrate.py's settings keep the curve
 
 # One colour a policy in all pictures (Okabe and Ito's, which the colour-blind can tell apart), the rest grey.
 COLOURS = dict(dense="#000000", ffnskip="#0072B2", printed="#56B4E9", random="#999999", static="#E69F00",
@@ -112,21 +119,90 @@ def by_position(figure, rows):
     finish(axes, "token_index", "share of tokens that skip nothing")
 
 
+def speed(figure, rows):
+    """Speed-up over the share of FFN blocks skipped, a panel for each model and dtype, with the bound by bytes."""
+    kinds = list(dict.fromkeys((row["model"], row["dtype"], row["device"]) for row in rows if row["ffn_skip_ratio"]))
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        some = [row for row in rows if (row["model"], row["dtype"], row["device"]) == kind and row["batch"] == 1]
+        for name, colour in dict(fixed="#999999", ffnskip=COLOURS["ffnskip"]).items():
+            points = sorted((row["ffn_skip_ratio"], row["speedup"]) for row in some if row["variant"] in (name, "dense"))
+            axes.plot(*zip(*points), "o", color=colour, markersize=4, label=name)
+        bound = sorted((row["ffn_skip_ratio"], row["speedup_bound"]) for row in some if row["variant"] in ("dense", "ffnskip"))
+        axes.plot(*zip(*bound), color="black", linestyle="--", linewidth=1, label="bound by bytes")
+        axes.set_title(", ".join(kind), fontsize=9)
+        finish(axes, "share of FFN blocks skipped", "decoding speed over dense")
+
+
+def cosine_curves(figure, models):
+    """Figure 2: the mean cosine before and after each FFN block, and the cold regions, a panel a model."""
+    for axes, settings in zip(figure.subplots(1, len(models), sharey=True), models):
+        n_layers, cold_s, cold_e = settings["n_layers"], settings["cold_s"], settings["cold_e"]
+        axes.axvspan(-0.5, cold_s - 0.5, color="red", alpha=0.15, label="cold")
+        axes.axvspan(cold_e - 0.5, n_layers - 0.5, color="red", alpha=0.15)
+        axes.plot(settings["curve"], marker=".", color="black", label="mean cosine")
+        axes.set(xlim=(-0.5, n_layers - 0.5), ylim=(0.65, 1))
+        for layer, value in enumerate(settings["curve"]):
+            if value < 0.65:
+                axes.annotate(f"{value:.2f}", (layer, 0.65), xytext=(layer + 0.4, 0.66), fontsize=8)
+        axes.set_title(f"{settings['model']}, {settings['tokens']} tokens of {settings['corpus']}", fontsize=9)
+        finish(axes, "layer", "cosine before and after the FFN block")
+        axes.label_outer()
+
+
+def read_trace(path):
+    """The rows of a CSV that generate.py wrote with --trace: for each token a cell a layer."""
+    rows = read(path)
+    return rows, [column for column in rows[0] if column.startswith("layer_")]
+
+
+def heat_map(figure, rows, layers):
+    """Generated tokens from left to right, layers from the bottom up: the cosine where measured, else run or skipped."""
+    rows = [row for row in rows if row["prompt"] == 0 and row["token_index"] >= 0]
+    axes = figure.subplots()
+    cells = [[row[layer] for row in rows] for layer in layers]
+    number = [[cell if isinstance(cell, float) else float("nan") for cell in line] for line in cells]
+    axes.imshow([[[0, 0, 0] if cell == "skip" else [0.93] * 3 for cell in line] for line in cells], origin="lower", aspect="auto")
+    image = axes.imshow(number, origin="lower", aspect="auto", cmap="viridis", vmin=0.9, vmax=1)
+    figure.colorbar(image, label="cosine, where measured")
+    axes.set(xlabel="token_index (black: FFN block skipped, grey: run unmeasured)", ylabel="layer")
+
+
+def walk(rows, layers, token_index):
+    """One token through the layers, for people."""
+    row = next((row for row in rows if row["prompt"] == 0 and row["token_index"] == token_index), None)
+    if row is None:
+        sys.exit(f"error: no token with token_index {token_index:g} in it")
+    lines = [f"token_index {token_index:g}, token {row['token']!r}: {row['ffn_skipped']:g} of {len(layers)} FFN blocks skipped"]
+    for layer in layers:
+        cell = row[layer]
+        said = f"attention, feed_forward, cosine {cell:.4f}" if isinstance(cell, float) else \
+            "attention" if cell == "skip" else "attention, feed_forward"  # fmt: skip
+        lines.append(f"{layer.removeprefix('layer_'):>5}  {said}")
+    return "\n".join(lines)
+
+
 def draw(path, plt):
     """The picture for one CSV, as a file beside it; returns its path, or None if there is nothing to draw."""
     rows, task = read(path), path.stem.split("_")[0]
+    if rows and "variant" in rows[0]:
+        return picture(plt, path, lambda figure: speed(figure, rows), (9, 3.8))
     if task not in (*PANELS, "warmup", "worstcase") or not policies(rows):
         return None
-    wide = len(PANELS.get(task, [0])) + any(row["match"] == "bytes" for row in rows) * (task in PANELS)
-    figure = plt.figure(figsize=(5 * wide + 1.5, 4), layout="constrained")
     if task == "warmup":
-        against_warm_up(figure, rows)
-    elif task == "worstcase":
-        by_position(figure, rows)
-    else:
-        against_ratio(figure, rows, PANELS[task])
+        return picture(plt, path, lambda figure: against_warm_up(figure, rows))
+    if task == "worstcase":
+        return picture(plt, path, lambda figure: by_position(figure, rows))
+    wide = len(PANELS[task]) + any(row["match"] == "bytes" for row in rows)
+    return picture(plt, path, lambda figure: against_ratio(figure, rows, PANELS[task]), (5 * wide + 1.5, 4))
+
+
+def picture(plt, path, fill, size=(6.5, 4)):
+    """What `fill` puts on a figure, as a PNG beside `path`, with one legend; returns the path."""
+    figure = plt.figure(figsize=size, layout="constrained")
+    fill(figure)
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
     figure.savefig(path.with_suffix(".png"), dpi=110)
     plt.close(figure)
     return path.with_suffix(".png")
@@ -146,8 +222,12 @@ def table(rows, column):
 
 
 def main(argv):
+    path = Path(argv[0]) if argv else HERE / "results"
+    if not path.exists():
+        sys.exit(f"error: {path}: no such file or folder")
+    trace = path.is_file() and "layer_0" in path.read_text(encoding="utf-8").split("\n")[0]
     if len(argv) == 2:
-        return print(table(read(Path(argv[0])), argv[1]))
+        return print(walk(*read_trace(path), float(argv[1])) if trace else table(read(path), argv[1]))
     try:
         import matplotlib
     except ImportError:
@@ -155,10 +235,14 @@ def main(argv):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder = Path(argv[0]) if argv else HERE / "results"
-    for path in sorted(folder.glob("*.csv")):
-        if picture := draw(path, plt):
-            print(picture)
+    if trace:
+        return print(picture(plt, path, lambda figure: heat_map(figure, *read_trace(path)), (10, 4)))
+    if not argv:
+        models = [json.loads((HERE.parent / "config" / f"{name}.json").read_text()) for name in CURVES]
+        print(picture(plt, path / "curve", lambda figure: cosine_curves(figure, models), (10, 3.4)))
+    for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
+        if drawn := draw(file, plt):
+            print(drawn)
 
 
 if __name__ == "__main__":
