@@ -580,7 +580,8 @@ def gguf_tokenizer(path):
     tokenizer.add_special_tokens(added(3, True))
     tokenizer.add_tokens(added(4, False))
     text = lambda i: None if i is None else pieces[i]
-    return BPETokenizer(tokenizer, text(bos), text(eos), eos_ids, template, add_bos=key("add_bos_token", key("pre") == "llama-bpe"))
+    add_bos = key("add_bos_token", key("pre") == "llama-bpe")  # where the file does not say, as llama.cpp does
+    return BPETokenizer(tokenizer, text(bos), text(eos), eos_ids, template, add_bos)
 
 
 def sentencepiece_proto(pieces, scores, types, unk, bos, eos, add_space_prefix):

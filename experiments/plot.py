@@ -9,6 +9,7 @@ or print it:
 
     python experiments/plot.py TRACE.csv 30          the token with token_index 30, layer by layer
     python experiments/plot.py perplexity.csv kl     a column of evaluate.py's CSV as a Markdown table
+    python experiments/plot.py bench.csv 7B          bench.py's rows for the models of that name, as one
 """
 
 import csv
@@ -221,13 +222,28 @@ def table(rows, column):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def speed_table(rows, name):
+    """bench.py's last row of each variant and ratio for models with `name` in theirs, batch 1, as Markdown."""
+    lines = ["| model | variant | skipped | tokens/s | speed-up | bound by bytes | of the saving |", "| --- " * 7 + "|"]
+    for row in rows:
+        if name.lower() in row["model"].lower() and row["batch"] == 1:
+            saving = "" if row["share_of_saving"] == "" else f"{row['share_of_saving']:.0%}"
+            model = f"{row['model']}, {row['dtype']}, {row['threads']:g} threads, {row['columns']:g} columns"
+            lines.append(f"| {model} | {row['variant']} | {row['ffn_skip_ratio']:.0%} | {row['decode_tokens_per_s']:.1f} "
+                         f"| {row['speedup']:.2f} | {row['speedup_bound']:.2f} | {saving} |")  # fmt: skip
+    return "\n".join(lines)
+
+
 def main(argv):
     path = Path(argv[0]) if argv else HERE / "results"
     if not path.exists():
         sys.exit(f"error: {path}: no such file or folder")
     trace = path.is_file() and "layer_0" in path.read_text(encoding="utf-8").split("\n")[0]
     if len(argv) == 2:
-        return print(walk(*read_trace(path), float(argv[1])) if trace else table(read(path), argv[1]))
+        rows = read(path)
+        if trace:
+            return print(walk(*read_trace(path), float(argv[1])))
+        return print(speed_table(rows, argv[1]) if "variant" in rows[0] else table(rows, argv[1]))
     try:
         import matplotlib
     except ImportError:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import baselines
 import evaluate
+import readers
 from tiny import close, tiny_model
 
 from generate import generate
@@ -74,7 +75,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def run(model, data, monkeypatch):
-    """run(task, file, *flags) -> the rows of its CSV, as dicts."""
+    """run(task, file or None, *flags) -> the rows of its CSV, as dicts."""
     monkeypatch.setattr(evaluate, "find_checkpoint", lambda path: Path("tiny"))
     monkeypatch.setattr(evaluate.load_weights, "load_tokenizer", lambda path: Letters())
     monkeypatch.setattr(evaluate.load_weights, "load_model", lambda path, device, dtype: model)
@@ -94,7 +95,7 @@ def run(model, data, monkeypatch):
             "64",
         ]
         common += ["--warm-up-index", "4", "--skip", "0.2", "--calibration-tokens", "256", "--device", "cpu"]
-        evaluate.main([task, "--data", str(data / file), "--output", str(output), *common, *map(str, flags)])
+        evaluate.main([task, *(["--data", str(data / file)] if file else []), "--output", str(output), *common, *map(str, flags)])
         lines = output.read_text().splitlines()
         assert lines[0].startswith("# command: python") and "torch" in lines[1]
         return list(csv.DictReader(line for line in lines if not line.startswith("#")))
@@ -185,9 +186,9 @@ def test_stories_in_both_formats(data):
     (evaluate.load_prompts, "p.jsonl", '{"text": "a"}\n\n[1]\n', 3),
     (evaluate.load_stories, "s.csv", "text,y\nx,z\nx\n", 3),
     (evaluate.load_stories, "s.jsonl", '{"docs": "a"}\n', 1),
-    (lambda path: list(evaluate.mmlu_questions(path)), "m.csv", "q,a,b,c,d,A\nq,a,b,c,D\n", 2),
-    (lambda path: list(evaluate.mmlu_questions(path)), "m.csv", "q,a,b,c,d,E\n", 1),
-    (lambda path: list(evaluate.mmlu_questions(path)), "m.csv", '"q\n2",a,b,c,d,A\nq,a,b,c,d,5\n', 3),
+    (lambda path: list(readers.mmlu_questions(path)), "m.csv", "q,a,b,c,d,A\nq,a,b,c,D\n", 2),
+    (lambda path: list(readers.mmlu_questions(path)), "m.csv", "q,a,b,c,d,E\n", 1),
+    (lambda path: list(readers.mmlu_questions(path)), "m.csv", '"q\n2",a,b,c,d,A\nq,a,b,c,d,5\n', 3),
 ])  # fmt: skip
 def test_bad_files_are_named_with_the_line(tmp_path, load, name, text, line):
     (tmp_path / name).write_text(text)
@@ -427,7 +428,7 @@ def test_layers_at_equal_bytes(run, model):
 @pytest.mark.parametrize("name", ["ffnskip", "static", "skipdecode", "statecopy_cosine"])
 def test_policies_are_brought_to_the_ratio(model, name):
     tokens = torch.randint(128, (6, 64), generator=torch.Generator().manual_seed(1))
-    settings = dict(cold_s=1, cold_e=5, k=1, sim_threshold=[0.5, 0.6, 0.7, 0.6, 0.5, 0.5])
+    settings = dict(cold_s=1, cold_e=5, k=1, sim_threshold=[0.5, 0.6, 0.7, 0.6, 0.5, 0.5], warm_up_index=9)  # the task says 4
     options = options_for(settings=settings, target_len=64, seed=0, printed_cold=None)
     policy, got = evaluate.make_policy(name, model, 0.2, tokens, options)
     assert got == pytest.approx(0.2, abs=0.03) and got == baselines.ffn_skip_ratio(model, policy, tokens)
@@ -473,7 +474,7 @@ def test_errors_are_one_line(data, capsys):
         [sys.executable, script, "factoid", "--data", data / "bad.txt"], capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stderr == f"error: {data}/bad.txt:2: expected `question | answer`\n"
-    for flags in ["nonsense"], ["perplexity"], ["perplexity", "--data", "x", "--skip", "2"]:
+    for flags in ["nonsense"], ["factoid"], ["perplexity", "--data", "x", "--skip", "2"]:
         with pytest.raises(SystemExit) as stop:
             evaluate.parse_args(flags)
         assert stop.value.code == 2
@@ -484,6 +485,40 @@ def test_an_unknown_policy_ends_before_anything_runs(run, data):
     with pytest.raises(ValueError, match="no policy nosuch: choose from dense, ffnskip"):
         run("perplexity", "text.raw", "--policies", "dense,nosuch")
     assert not (data / "out.csv").exists()
+
+
+def test_a_policy_file_that_changed_is_run_again_on_text_of_the_models_own(run, data):
+    """Each version keeps its row; the same version is not run twice."""
+    file = data / "mine.py"
+    file.write_text("from baselines import random as make\n")
+    first = run("perplexity", None, "--policies", f"{file}:make")
+    assert run("perplexity", None, "--policies", f"{file}:make") == first and len(first) == 1
+    assert first[0]["policy"].startswith(f"{file}:make@") and int(first[0]["tokens"]) == 16 * 64
+    file.write_text("from baselines import yours as make\n")
+    second = run("perplexity", None, "--policies", f"{file}:make")
+    assert len(second) == 2 and second[0] == first[0] and second[1]["kl"] != first[0]["kl"]
+
+
+def test_one_token_is_walked_and_all_are_drawn(tmp_path, capsys):
+    """plot.py on what generate.py --trace writes."""
+    import plot
+
+    (tmp_path / "t.csv").write_text(
+        "prompt,token_index,token_id,token,ffn_skipped,layer_0,layer_1,layer_2\n"
+        '0,-1,5,a,0,run,run,run\n0,0,6,"b,""",1,run,0.9876,skip\n0,1,7,c,0,run,0.5,0.25\n'
+    )
+    plot.main([str(tmp_path / "t.csv"), "0"])
+    assert capsys.readouterr().out.splitlines() == [
+        "token_index 0, token 'b,\"': 1 of 3 FFN blocks skipped",
+        "    0  attention, feed_forward",
+        "    1  attention, feed_forward, cosine 0.9876",
+        "    2  attention",
+    ]
+    with pytest.raises(SystemExit, match="no token with token_index 9"):
+        plot.main([str(tmp_path / "t.csv"), "9"])
+    pytest.importorskip("matplotlib")
+    plot.main([str(tmp_path / "t.csv")])
+    assert (tmp_path / "t.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("task, file, flags", [
