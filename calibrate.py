@@ -268,24 +268,9 @@ def parse_args(argv):
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     add = parser.add_argument
     add("--ckpt", help="checkpoint, as for generate.py; default: the demo model")
-    add(
-        "--target-skip",
-        type=float,
-        default=0.25,
-        metavar="R",
-        help="share of all FFN blocks to skip past the warm-up (default 0.25)",
-    )
-    add(
-        "--text",
-        nargs="+",
-        metavar="FILE",
-        help='plain text, WikiText, or JSON lines with a key "text"; default: the model\'s own',
-    )
-    add(
-        "--generated",
-        action="store_true",
-        help="measure as the paper does, over 128 tokens generated after prompts from the text",
-    )
+    add("--target-skip", type=float, default=0.25, metavar="R", help="share of all FFN blocks to skip past the warm-up (0.25)")
+    add("--text", nargs="+", metavar="FILE", help='text, plain or JSON lines with a key "text"; default: the model\'s own')
+    add("--generated", action="store_true", help="measure on 128 tokens generated after prompts from the text, as the paper")
     add("--samples", type=positive, default=8, metavar="N", help="texts to generate, where any are (default 8)")
     add("--max-tokens", type=positive, default=4608, metavar="N", help="tokens to measure and to verify on (default 4608)")
     add("--warm-up-index", type=int, default=25, metavar="N", help="tokens 0 to N of a text run in full (default 25)")
@@ -364,11 +349,8 @@ def main(argv=None):
         cosines = measure(model, windows, options.warm_up_index).cpu()
     curve = cosines.mean(0).tolist()
     cold_s, cold_e = cold_regions(curve)
-    print(
-        f"mean cosine before and after each FFN block, {len(cosines)} tokens of {corpus}:",
-        *draw_curve(curve, cold_s, cold_e),
-        sep="\n",
-    )
+    print(f"mean cosine before and after each FFN block, {len(cosines)} tokens of {corpus}:")
+    print(*draw_curve(curve, cold_s, cold_e), sep="\n")
     print(f"cold regions: [0, {cold_s}) and [{cold_e}, {len(curve)})")
     made = candidates(cosines, cold_s, cold_e, options.warm_up_index)
 
@@ -392,10 +374,8 @@ def main(argv=None):
             if result:
                 tried[candidate] = result
                 q = result[2]
-                print(
-                    f"  {candidate:32} {q['ffn_skip_ratio']:7.3f} {q['perplexity']:11.2f} {q['kl']:7.3f} {q['top1']:9.1%}",
-                    flush=True,
-                )
+                print(f"  {candidate:32} {q['ffn_skip_ratio']:7.3f} {q['perplexity']:11.2f} {q['kl']:7.3f} {q['top1']:9.1%}",
+                      flush=True)  # fmt: skip
         chosen = min(tried, key=lambda candidate: tried[candidate][2]["kl"], default=None)
         policy, predicted, found = tried.get(chosen, (None, None, None))
     if policy is None:
@@ -415,11 +395,8 @@ def main(argv=None):
         f"chosen for the least KL divergence from the dense model, on {sum(len(ids) for ids, _ in held_out)} tokens held out",
     )  # fmt: skip
     out.write_text(json.dumps(settings, indent=1) + "\n")
-    print(
-        f"chosen: {chosen}; predicted {predicted:.3f}"
-        + (f", achieved {found['ffn_skip_ratio']:.3f}" if found else "")
-        + f"; written to {out}"
-    )
+    achieved = f", achieved {found['ffn_skip_ratio']:.3f}" if found else ""
+    print(f"chosen: {chosen}; predicted {predicted:.3f}{achieved}; written to {out}")
 
 
 if __name__ == "__main__":

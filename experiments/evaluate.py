@@ -222,7 +222,7 @@ def policy_warm_up(policy, options):
     return getattr(policy, "warm_up_index", options.warm_up_index)
 
 
-def with_shared_prefix(model, policy, prompts, room, batch_size, trace, label=""):
+def with_shared_prefix(model, policy, prompts, room, options, name=""):
     """
     What all prompts (lists of ids) begin with is run once; then groups of prompts of equal length, so that nothing is
     padded: yields (which prompts, their other tokens (batch, seq), a cache that holds the beginning and has `room`).
@@ -233,14 +233,14 @@ def with_shared_prefix(model, policy, prompts, room, batch_size, trace, label=""
     make = lambda batch, seq: KVCache(model.args, batch, seq, weight.dtype, weight.device)
     base = make(1, max(n, 1))
     if n:
-        model(torch.tensor([prompts[0][:n]], device=weight.device), base, policy, trace=trace, last_only=True)
+        model(torch.tensor([prompts[0][:n]], device=weight.device), base, policy, last_only=True)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups = []
     for i in by_length:
-        if not groups or len(groups[-1]) == batch_size or len(prompts[groups[-1][0]]) != len(prompts[i]):
+        if not groups or len(groups[-1]) == options.batch_size or len(prompts[groups[-1][0]]) != len(prompts[i]):
             groups.append([])
         groups[-1].append(i)
-    for group in progress(groups, label):
+    for group in progress(groups, f"{options.label} {name}"):
         cache = make(len(group), len(prompts[group[0]]) + room)
         for new, old in (cache.k, base.k), (cache.v, base.v):
             new[:, :, :, :n] = old[:, :, :, :n]
@@ -253,11 +253,8 @@ def factoid(model, tokenizer, policy, questions, options):
     """Greedy answers of at most 16 tokens, up to the end of the line."""
     questions = questions[: options.limit or 500]
     prompts = [tokenizer.encode(f"{SHOTS}Question: {question}\nAnswer:") for question, _ in questions]
-    trace, answers = Trace(), {}
-    work = []
-    for group, tokens, cache in with_shared_prefix(
-        model, policy, prompts, 16, options.batch_size, trace, options.label
-    ):
+    answers, work = {}, []
+    for group, tokens, cache in with_shared_prefix(model, policy, prompts, 16, options):
         trace, ids = Trace(), []
         for _ in range(16):
             tokens = model(tokens, cache, policy, trace=trace, last_only=True)[:, -1].argmax(-1, keepdim=True)
@@ -268,10 +265,7 @@ def factoid(model, tokenizer, policy, questions, options):
         answers |= {i: text.strip().split("\n")[0] for i, text in zip(group, texts)}
         work.append(counts(trace, policy_warm_up(policy, options)))
     right = [normalise(answers[i]) in {normalise(a) for a in names} for i, (_, names) in enumerate(questions)]
-    inside = [
-        any(f" {normalise(a)} " in f" {normalise(answers[i])} " for a in names)
-        for i, (_, names) in enumerate(questions)
-    ]
+    inside = [any(f" {normalise(a)} " in f" {normalise(answers[i])} " for a in names) for i, (_, names) in enumerate(questions)]
     return dict(exact_match=mean(right), answer_within=mean(inside), questions=len(questions), **ratios(work))
 
 
@@ -288,18 +282,14 @@ def mmlu(model, tokenizer, policy, subjects, options):
         while shown and max(map(len, prompts)) > model.args.max_seq_len:
             shown.pop()
             prompts = [tokenizer.encode(head + "".join(shown) + ask(q, choices)) for q, choices, _ in questions]
-        trace = Trace()
-        for group, tokens, cache in with_shared_prefix(model, policy, prompts, 0, options.batch_size, trace,
-                                                       f"{options.label} {name}"):  # fmt: skip
+        for group, tokens, cache in with_shared_prefix(model, policy, prompts, 0, options, name):
             trace = Trace()
             logits = model(tokens, cache, policy, trace=trace, last_only=True)[:, -1, letters]
             right |= {(name, i): "ABCD"[best] == questions[i][2] for i, best in zip(group, logits.argmax(-1).tolist())}
             work.append(counts(trace, policy_warm_up(policy, options)))
     of = {subject: category for category, names in CATEGORIES.items() for subject in names.split()}
     by = lambda c: mean(value for (name, _), value in right.items() if of.get(name, "other") == c)
-    return dict(
-        {c: by(c) for c in (*CATEGORIES, "other")}, all=mean(right.values()), questions=len(right), **ratios(work)
-    )
+    return {c: by(c) for c in (*CATEGORIES, "other")} | dict(all=mean(right.values()), questions=len(right), **ratios(work))
 
 
 def write_texts(model, tokenizer, policy, prompts, options, stop=True):
@@ -380,9 +370,7 @@ def answers_file(options):
     """Where the answers of one row go, one JSON object a line; and those of an earlier run that was cut off."""
     path = Path(options.output).with_suffix("") / f"{options.model_id}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (
-        path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    )  # a last line cut short is dropped
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # a last line cut short is dropped
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path, [json.loads(line) for line in lines]
 
@@ -433,9 +421,7 @@ def summarize(model, tokenizer, policy, stories, options):
     for size in ("small", "medium", "large"):
         scores = [record["rouge_l"] for record in done if record["size"] == size]
         sizes |= {f"rouge_l_{size}": mean(scores), f"n_{size}": len(scores)}
-    return dict(
-        rouge_l=mean(record["rouge_l"] for record in done), **sizes, **ratios([record["counts"] for record in done])
-    )
+    return dict(rouge_l=mean(r["rouge_l"] for r in done), **sizes, **ratios([r["counts"] for r in done]))
 
 
 TASKS = {
@@ -632,11 +618,7 @@ def parse_args(argv):
     add("--match", type=names, default=["ffn", "bytes"], help="for policies that skip whole layers: ffn, bytes or both")
     add("--warm-up-index", dest="warm_up", type=numbers(int), metavar="N,N", help="tokens 0 to N run in full; several "
         "for task warmup, with a = before -1 (default 25; warmup: -1,5,10,15,20,25,30,40,60)")  # fmt: skip
-    add(
-        "--calibration",
-        metavar="FILE",
-        help="text, not that of --data, on which the ratios are reached; default: the model's",
-    )
+    add("--calibration", metavar="FILE", help="text, not that of --data, on which the ratios are reached; default: the model's")
     add("--calibration-tokens", type=int, default=4096, metavar="N", help="how much of it (default 4096)")
     add("--limit", type=int, metavar="N", help="tokens (perplexity, warmup: 32768), questions (factoid: 500; mmlu: "
         "all, of each subject; mtbench: all), stories (all), prompts (collapse, worstcase: 32)")  # fmt: skip
@@ -658,9 +640,7 @@ def parse_args(argv):
     group.add_argument("--cold-s", type=int, metavar="L")
     group.add_argument("--cold-e", type=int, metavar="L")
     group.add_argument("--k", type=int, help="0: None, up to --cold-e")
-    group.add_argument(
-        "--sim-threshold", type=float, metavar="C", help="use this one; --skip is for the other policies"
-    )
+    group.add_argument("--sim-threshold", type=float, metavar="C", help="use this one; --skip is for the other policies")
     group.add_argument("--printed-cold", type=numbers(int), metavar="S,E", help="cold_s and cold_e of `printed` "
                        "(default: those of ffnskip)")  # fmt: skip
     options = parser.parse_args(argv)
@@ -713,9 +693,7 @@ def main(argv=None):
                 raise
             print(f"{options.label}: {error}", file=sys.stderr)
             continue
-        if wanted is not None and abs(calibrated - wanted) > max(
-            0.03, 0.6 / model.args.n_layers
-        ):  # whole layers are coarse
+        if wanted is not None and abs(calibrated - wanted) > max(0.03, 0.6 / model.args.n_layers):  # whole layers are coarse
             print(f"{options.label}: cannot: the nearest is {calibrated:.3f}", file=sys.stderr)
             continue
         options.model_id = f"{name.replace('/', '_').replace(':', '_')}-{cell(skip)}-{match}"
@@ -727,9 +705,7 @@ def main(argv=None):
             **{name: value for name, value in result.items() if name not in ("ffn_skip_ratio", "ffn_saved_ratio")},
             seconds=round(time.time() - begin, 1), setting=describe(policy),
         ))  # fmt: skip
-        print(
-            f"{options.label}: {' '.join(f'{k}={v}' for k, v in list(table.rows[-1].items())[4:12])}", file=sys.stderr
-        )
+        print(f"{options.label}: {' '.join(f'{k}={v}' for k, v in list(table.rows[-1].items())[4:12])}", file=sys.stderr)
     print(table)
 
 
