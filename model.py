@@ -211,13 +211,12 @@ class Attention(nn.Module):
         q = rotate(self.wq(x).view(batch, seq, n_heads, head_dim), step.rope)  # (1, 1, 576) -> (1, 1, 9, 64)
         # The heads of a group share their keys: queries of one group become more queries of one head, and no key is
         # copied. Head h of Meta's order belongs to key-value head h // group.
-        q = q.unflatten(2, (n_kv_heads, -1)).permute(0, 2, 3, 1, 4)  # (1, 1, 9, 64) -> (1, 3, 3, 1, 64)
-        q = q.flatten(2, 3)  # (1, 3, 3 * 1, 64)
+        q = q.transpose(1, 2).reshape(batch, n_kv_heads, -1, head_dim)  # (1, 1, 9, 64) -> (1, 9, 1, 64) -> (1, 3, 3 * 1, 64)
         if step.scratch is not None:
             out = attention_of_one(q, k, v, step.mask, step.scratch)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask)
-        out = out.unflatten(2, (-1, seq)).permute(0, 3, 1, 2, 4)  # (1, 3, 3, 1, 64) -> (1, 1, 3, 3, 64)
+        out = out.reshape(batch, n_heads, seq, head_dim).transpose(1, 2)  # (1, 3, 3 * 1, 64) -> (1, 9, 1, 64) -> (1, 1, 9, 64)
         return self.wo(out.reshape(batch, seq, n_heads * head_dim))  # (1, 1, 576)
 
 
