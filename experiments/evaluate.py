@@ -592,11 +592,11 @@ def versions():
 
 
 def calibration_tokens(model, tokenizer, options):
-    """(windows, seq) ids, windows as long as the task's from all over the text; without one, what the model writes."""
+    """(windows, seq) ids, windows as long as the task's texts from all over the file; without one, what the model writes."""
     if options.calibration is None:
         print("[no --calibration text: the model writes some]", file=sys.stderr)
         return baselines.calibration_text(model, None, options.seed)
-    text, seq = load_text(options.calibration), min(options.window, model.args.max_seq_len)
+    text, seq = load_text(options.calibration), min(options.target_len, model.args.max_seq_len)
     n = max(1, options.calibration_tokens // seq)
     parts = [windows(tokenizer, text[len(text) * i // n :], seq, seq) for i in range(n)]
     return torch.cat(parts).to(model.tok_embeddings.weight.device)
