@@ -93,7 +93,8 @@ class FFNSkip:
         left = [0 for _ in tokens]  # FFN blocks still to skip
         for layer in layers[self.cold_s : self.cold_e]:  #       for <cold_s ... cold_e> do
             h = layer.attend(past_state, step)  #                    h <- past_state + attention(past_state)
-            rows = ~torch.tensor(skip_state).view(shape) if any(skip_state) else None
+            mixed = any(skip_state) and not all(skip_state)
+            rows = ~torch.tensor(skip_state).view(shape) if mixed else None
             temp = h if all(skip_state) else layer.feed(h, step, rows)  # if not skip_state: temp <- h + feed_forward(h)
             measured = [watch[i] and not skip_state[i] for i in tokens]
             sim_score = self.cosine(h, temp, layer, step, measured)  # sim_score <- cosine(h, temp)

@@ -60,14 +60,15 @@ def curve(axes, rows, x, y, name):
     points = sorted((row[x], row[y]) for row in rows if row["policy"] == name and row[x] != "" and row[y] != "")
     if points:
         axes.plot(*zip(*points), marker="o", markersize=4, linewidth=2.5 if name == "ffnskip" else 1.3, label=name,
-                  color=COLOURS.get(name, "#555555"))  # fmt: skip
+                  color=COLOURS.get(name.removesuffix("_cosine"), "#555555"))  # fmt: skip
 
 
 def finish(axes, x, y, log=False):
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")  # 20, not 2 x 10^1
-        axes.yaxis.set_minor_formatter("{x:g}")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else "")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
@@ -86,7 +87,7 @@ def against_ratio(figure, rows, panels):
         for policy in policies(rows):
             curve(axes, shown, x, y, policy)
         for row in rows:
-            if row["policy"] == "dense":
+            if row["policy"] == "dense" and (row[y] > 1e-6 or not log):  # KL from itself is 0
                 axes.axhline(row[y], color="black", linestyle="--", linewidth=1, label="dense")
         finish(axes, title, name, log)
 
@@ -117,6 +118,7 @@ def by_position(figure, rows):
         axes.bar(places, [row[edge] or 0 for edge in edges], width=0.8 / len(kinds), align="edge", label=label,
                  color=COLOURS.get(row["policy"], "#555555"), alpha=1 - 0.2 * (i % 4))  # fmt: skip
     axes.set_xticks([j + 0.4 for j in range(len(edges))], [f"below {edge.split('_')[-1]}" for edge in edges])
+    axes.set_ylim(bottom=0, top=max(0.01, axes.get_ylim()[1]))  # there may be none
     finish(axes, "token_index", "share of tokens that skip nothing")
 
 
@@ -124,7 +126,8 @@ def speed(figure, rows):
     """Speed-up over the share of FFN blocks skipped, a panel for each model and dtype, with the bound by bytes."""
     kinds = list(dict.fromkeys((row["model"], row["dtype"], row["device"]) for row in rows if row["ffn_skip_ratio"]))
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        some = [row for row in rows if (row["model"], row["dtype"], row["device"]) == kind and row["batch"] == 1]
+        some = [row for row in rows if (row["model"], row["dtype"], row["device"]) == kind]
+        some = [row for row in some if row["batch"] == 1 and row["compile"] == "False"]
         for name, colour in dict(fixed="#999999", ffnskip=COLOURS["ffnskip"]).items():
             points = sorted((row["ffn_skip_ratio"], row["speedup"]) for row in some if row["variant"] in (name, "dense"))
             axes.plot(*zip(*points), "o", color=colour, markersize=4, label=name)
@@ -223,10 +226,10 @@ def table(rows, column):
 
 
 def speed_table(rows, name):
-    """bench.py's last row of each variant and ratio for models with `name` in theirs, batch 1, as Markdown."""
+    """bench.py's rows for models with `name` in theirs, batch 1 and not compiled, as Markdown."""
     lines = ["| model | variant | skipped | tokens/s | speed-up | bound by bytes | of the saving |", "| --- " * 7 + "|"]
     for row in rows:
-        if name.lower() in row["model"].lower() and row["batch"] == 1:
+        if name.lower() in row["model"].lower() and row["batch"] == 1 and row["compile"] == "False":
             saving = "" if row["share_of_saving"] == "" else f"{row['share_of_saving']:.0%}"
             model = f"{row['model']}, {row['dtype']}, {row['threads']:g} threads, {row['columns']:g} columns"
             lines.append(f"| {model} | {row['variant']} | {row['ffn_skip_ratio']:.0%} | {row['decode_tokens_per_s']:.1f} "
