@@ -220,7 +220,8 @@ def table(rows, column):
         line = [policy + " (equal bytes)" * (match == "bytes")]
         for skip in skips if policy != "dense" else [""]:
             found = [row for row in rows if (row["policy"], row["match"], row["skip"]) == (policy, match, skip)]
-            line.append("; ".join(f"{row[column]:.3g} at {row['ffn_skip_ratio']:.1%}" for row in found) or "-")
+            value = lambda row: f"{row[column]:.3g}" if row[column] < 1000 else f"{row[column]:.0f}"
+            line.append("; ".join(f"{value(row)} at {row['ffn_skip_ratio']:.1%}" for row in found) or "-")
         lines.append(line + [""] * (len(skips) + 1 - len(line)))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
