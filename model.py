@@ -316,6 +316,8 @@ class Transformer(nn.Module):
             with torch.inference_mode():  # saves no_grad's bookkeeping, 7 % of a token of SmolLM2-135M
                 x = self.tok_embeddings(tokens)  # (1, 1) -> (1, 1, 576)
                 x = (policy or dense)(self.layers, x, step)
+            if x is None:
+                raise ValueError("the policy returned nothing: it must return x")
             cache.length += seq
             return self.logits(x[:, -1:] if last_only else x)
 

@@ -710,9 +710,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        sys.exit(f"error: {error}")
+    load_weights.run_command(main)

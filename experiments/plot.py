@@ -12,6 +12,7 @@ or print it:
     python experiments/plot.py bench.csv 7B          bench.py's rows for the models of that name, as one
 """
 
+import argparse
 import csv
 import json
 import sys
@@ -42,6 +43,8 @@ def read(path):
     """The rows of a CSV by evaluate.py, numbers as floats."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"{path}: not a CSV: rows of different lengths")
     return [{key: number(value) for key, value in row.items()} for row in rows]
 
 
@@ -153,9 +156,8 @@ def cosine_curves(figure, models):
         axes.label_outer()
 
 
-def read_trace(path):
-    """The rows of a CSV that generate.py wrote with --trace: for each token a cell a layer."""
-    rows = read(path)
+def layers_of(rows):
+    """The rows of a CSV that generate.py wrote with --trace, and its columns of layers: for each token a cell a layer."""
     return rows, [column for column in rows[0] if column.startswith("layer_")]
 
 
@@ -164,19 +166,19 @@ def heat_map(figure, rows, layers):
     rows = [row for row in rows if row["prompt"] == 0 and row["token_index"] >= 0]
     axes = figure.subplots()
     cells = [[row[layer] for row in rows] for layer in layers]
-    number = [[cell if isinstance(cell, float) else float("nan") for cell in line] for line in cells]
+    values = [[cell if isinstance(cell, float) else float("nan") for cell in line] for line in cells]
     axes.imshow([[[0, 0, 0] if cell == "skip" else [0.93] * 3 for cell in line] for line in cells], origin="lower", aspect="auto")
-    image = axes.imshow(number, origin="lower", aspect="auto", cmap="viridis", vmin=0.9, vmax=1)
+    image = axes.imshow(values, origin="lower", aspect="auto", cmap="viridis", vmin=0.9, vmax=1)
     figure.colorbar(image, label="cosine, where measured")
     axes.set(xlabel="token_index (black: FFN block skipped, grey: run unmeasured)", ylabel="layer")
 
 
 def walk(rows, layers, token_index):
     """One token through the layers, for people."""
-    row = next((row for row in rows if row["prompt"] == 0 and row["token_index"] == token_index), None)
+    row = next((row for row in rows if row["prompt"] == 0 and row["token_index"] == number(token_index)), None)
     if row is None:
-        sys.exit(f"error: no token with token_index {token_index:g} in it")
-    lines = [f"token_index {token_index:g}, token {row['token']!r}: {row['ffn_skipped']:g} of {len(layers)} FFN blocks skipped"]
+        raise ValueError(f"no token with token_index {token_index} in it")
+    lines = [f"token_index {token_index}, token {row['token']!r}: {row['ffn_skipped']:g} of {len(layers)} FFN blocks skipped"]
     for layer in layers:
         cell = row[layer]
         said = f"attention, feed_forward, cosine {cell:.4f}" if isinstance(cell, float) else \
@@ -238,32 +240,46 @@ def speed_table(rows, name):
     return "\n".join(lines)
 
 
-def main(argv):
-    path = Path(argv[0]) if argv else HERE / "results"
-    if not path.exists():
-        sys.exit(f"error: {path}: no such file or folder")
-    trace = path.is_file() and "layer_0" in path.read_text(encoding="utf-8").split("\n")[0]
-    if len(argv) == 2:
-        rows = read(path)
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    parser.add_argument("path", nargs="?", type=Path, help="a CSV, or a folder of them")
+    parser.add_argument("what", nargs="?", help="what to print of a CSV: a column, a model's name, or a token_index")
+    options = parser.parse_args(argv)
+    path, what = options.path or HERE / "results", options.what
+    rows = read(path) if path.is_file() else None
+    if not path.exists() or rows == []:
+        raise ValueError(f"{path}: {'no row in it' if path.exists() else 'no such file or folder'}")
+    trace = rows and "layer_0" in rows[0]
+    if what is not None:
+        if not rows:
+            raise ValueError(f"{path}: a folder: give the path of a CSV in it")
         if trace:
-            return print(walk(*read_trace(path), float(argv[1])))
-        return print(speed_table(rows, argv[1]) if "variant" in rows[0] else table(rows, argv[1]))
+            return print(walk(*layers_of(rows), what))
+        if "variant" in rows[0]:
+            return print(speed_table(rows, what))
+        if not all(isinstance(row.get(what), (float, int)) for row in rows):
+            raise ValueError(f"{path}: no column of numbers {what}: choose from {', '.join(rows[0])}")
+        return print(table(rows, what))
     try:
         import matplotlib
     except ImportError:
-        sys.exit("error: pictures need matplotlib: pip install matplotlib")
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     if trace:
-        return print(picture(plt, path, lambda figure: heat_map(figure, *read_trace(path)), (10, 4)))
-    if not argv:
+        return print(picture(plt, path, lambda figure: heat_map(figure, *layers_of(rows)), (10, 4)))
+    if options.path is None:
         models = [json.loads((HERE.parent / "config" / f"{name}.json").read_text()) for name in CURVES]
         print(picture(plt, path / "curve", lambda figure: cosine_curves(figure, models), (10, 3.4)))
-    for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
+    for file in [path] if rows else sorted(path.glob("*.csv")):
         if drawn := draw(file, plt):
             print(drawn)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

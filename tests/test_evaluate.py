@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import baselines
 import evaluate
 import readers
+from test_golden import GOLDEN
 from tiny import close, tiny_model
 
 from generate import generate
@@ -515,7 +516,7 @@ def test_one_token_is_walked_and_all_are_drawn(tmp_path, capsys):
         "    1  attention, feed_forward, cosine 0.9876",
         "    2  attention",
     ]
-    with pytest.raises(SystemExit, match="no token with token_index 9"):
+    with pytest.raises(ValueError, match="no token with token_index 9"):
         plot.main([str(tmp_path / "t.csv"), "9"])
     pytest.importorskip("matplotlib")
     plot.main([str(tmp_path / "t.csv")])
@@ -553,6 +554,31 @@ def test_table(tmp_path, capsys):
         "| shortgpt | - | 2 at 13.3% |",
         "| shortgpt (equal bytes) | 3 at 3.3% | - |",
     ]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["x.csv", "nosuch"], "x.csv: no column of numbers nosuch: choose from policy, skip"), (["empty.csv"], "empty.csv: no row in it"),
+    (["nosuch.csv"], "nosuch.csv: no such file"), ([".", "kl"], "a folder: give the path of a CSV"), (["page.md"], "not a CSV"),
+    (["t.csv", "abc"], "no token with token_index abc"),
+])  # fmt: skip
+def test_what_cannot_be_drawn_is_one_line(tmp_path, argv, message):
+    import plot
+
+    (tmp_path / "x.csv").write_text("policy,skip,match,ffn_skip_ratio,kl\nrandom,0.05,ffn,0.051,1\n")
+    (tmp_path / "t.csv").write_text("prompt,token_index,token,ffn_skipped,layer_0\n0,0,a,0,run\n")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "page.md").write_text("# A page\n\nwith a, b\nc\nd, e, f\n")
+    done = subprocess.run([sys.executable, plot.__file__, *argv], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_mistake_in_a_policy_file_is_one_line_that_names_it(tmp_path):
+    (tmp_path / "mine.py").write_text("def make(model, skip, tokens=None, seed=0):\n    return lambda layers, x, step: 1 / 0\n")
+    (tmp_path / "nothing.py").write_text("def make(model, skip, tokens=None, seed=0):\n    return lambda layers, x, step: None\n")
+    for file, message in ("mine.py", "mine.py, line 2: ZeroDivisionError"), ("nothing.py", "the policy returned nothing"):
+        done = subprocess.run([sys.executable, evaluate.__file__, "perplexity", "--ckpt", GOLDEN / "hf-gqa", "--policies", f"{file}:make", "--output", "x.csv"],
+                              capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+        assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ") and message in done.stderr
 
 
 def test_help_reads(capsys):
