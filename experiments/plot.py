@@ -198,6 +198,8 @@ def draw(path, plt):
         return picture(plt, path, lambda figure: against_warm_up(figure, rows))
     if task == "worstcase":
         return picture(plt, path, lambda figure: by_position(figure, rows))
+    if len({row["skip"] for row in rows}) < 3:  # that of dense is empty
+        return None
     wide = len(PANELS[task]) + any(row["match"] == "bytes" for row in rows)
     return picture(plt, path, lambda figure: against_ratio(figure, rows, PANELS[task]), (5 * wide + 1.5, 4))
 
