@@ -121,7 +121,6 @@ def by_position(figure, rows):
         axes.bar(places, [row[edge] or 0 for edge in edges], width=0.8 / len(kinds), align="edge", label=label,
                  color=COLOURS.get(row["policy"], "#555555"), alpha=1 - 0.2 * (i % 4))  # fmt: skip
     axes.set_xticks([j + 0.4 for j in range(len(edges))], [f"below {edge.split('_')[-1]}" for edge in edges])
-    axes.set_ylim(bottom=0, top=max(0.01, axes.get_ylim()[1]))  # there may be none
     finish(axes, "token_index", "share of tokens that skip nothing")
 
 
@@ -197,6 +196,8 @@ def draw(path, plt):
     if task == "warmup":
         return picture(plt, path, lambda figure: against_warm_up(figure, rows))
     if task == "worstcase":
+        if not any(row["never"] for row in rows):
+            return None  # every token skipped something
         return picture(plt, path, lambda figure: by_position(figure, rows))
     if len({row["skip"] for row in rows}) < 3:  # that of dense is empty
         return None
