@@ -124,15 +124,16 @@ class Ours:
         return logits
 
 
-def compile_blocks(model):
+def compile_blocks():
     """
-    torch.compile for what runs between the matrix products: norms, rotary embedding, SwiGLU. Not for attend and feed
-    whole: they contain their layer's number and the cache's length, and would be compiled for each of them again.
+    torch.compile for Block.feed whole, and for the norms and the rotary embedding of attend, each once for all layers. Not
+    for attend whole: with its layer's number as a constant it would be compiled for each layer, and with that number as a
+    variable Inductor of PyTorch 2.13 fills the cache with wrong keys.
     """
+    Trace.record_ran = torch._dynamo.disable(Trace.record_ran)  # it grows a list, which would compile feed again
     llama.rotate = torch.compile(llama.rotate, dynamic=True)
-    for layer in model.layers:
-        for part in layer.attention_norm, layer.ffn_norm, layer.feed_forward:
-            part.forward = torch.compile(part.forward, dynamic=True)
+    for owner, name in (llama.RMSNorm, "forward"), (llama.Block, "feed"):
+        setattr(owner, name, torch.compile(getattr(owner, name), dynamic=True))
 
 
 def random_model(args, dtype, device):
@@ -306,7 +307,7 @@ def parse_args(argv):
     add("--batch", type=positive, default=1, metavar="N", help="rows, which disagree about what to skip (default 1)")
     add("--device", help="default: cuda or mps where there is one")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's; bfloat16 with --shape")
-    add("--compile", action="store_true", help="torch.compile for norms, rotary embedding and SwiGLU; slow to start")
+    add("--compile", action="store_true", help="torch.compile for feed, norms and rotary embedding; slow to start")
     add("--out", type=Path, default=HERE / "results" / "bench.csv", metavar="FILE",
         help="CSV to append to (default experiments/results/bench.csv)")  # fmt: skip
     options = parser.parse_args(argv)
@@ -357,7 +358,7 @@ def main(argv=None):
     repeats = options.repeats or (1 if options.context else 5)
     runners = make_runners(model, options, steps)
     if options.compile:
-        compile_blocks(model)
+        compile_blocks()
     random_ids = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.args.vocab_size, (options.batch, options.prompt + steps), generator=random_ids)
     prompt, tokens = tokens[:, : options.prompt], tokens[:, options.prompt :]
