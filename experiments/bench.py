@@ -126,13 +126,11 @@ class Ours:
 
 def compile_blocks():
     """
-    torch.compile for Block.feed whole, and for the norms and the rotary embedding of attend, each once for all layers. Not
-    for attend whole: with its layer's number as a constant it would be compiled for each layer, and with that number as a
-    variable Inductor of PyTorch 2.13 fills the cache with wrong keys.
+    torch.compile for what runs between the matrix products, each once for all layers: norms, rotary embedding, SwiGLU. Not
+    for attend and feed whole: with its layer's number as a constant each layer's would be compiled again, and with that
+    number as a variable Inductor of PyTorch 2.13 fills the cache with wrong keys.
     """
-    Trace.record_ran = torch._dynamo.disable(Trace.record_ran)  # it grows a list, which would compile feed again
-    llama.rotate = torch.compile(llama.rotate, dynamic=True)
-    for owner, name in (llama.RMSNorm, "forward"), (llama.Block, "feed"):
+    for owner, name in (llama, "rotate"), (llama.RMSNorm, "forward"), (llama.FeedForward, "forward"):
         setattr(owner, name, torch.compile(getattr(owner, name), dynamic=True))
 
 
@@ -307,7 +305,7 @@ def parse_args(argv):
     add("--batch", type=positive, default=1, metavar="N", help="rows, which disagree about what to skip (default 1)")
     add("--device", help="default: cuda or mps where there is one")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's; bfloat16 with --shape")
-    add("--compile", action="store_true", help="torch.compile for feed, norms and rotary embedding; slow to start")
+    add("--compile", action="store_true", help="torch.compile for norms, rotary embedding and SwiGLU; slow to start")
     add("--out", type=Path, default=HERE / "results" / "bench.csv", metavar="FILE",
         help="CSV to append to (default experiments/results/bench.csv)")  # fmt: skip
     options = parser.parse_args(argv)

@@ -86,15 +86,17 @@ def test_bytes_are_those_of_the_weights_and_the_cache(tied):
     assert bench.bytes_needed(model.args, 2, batch=3, columns=10) - needed == cache.k.nbytes + cache.v.nbytes
 
 
-def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_layers(monkeypatch):
-    for owner, name in (llama, "rotate"), (llama.RMSNorm, "forward"), (llama.Block, "feed"), (bench.Trace, "record_ran"):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_layers(monkeypatch, batch):
+    for owner, name in (llama, "rotate"), (llama.RMSNorm, "forward"), (llama.FeedForward, "forward"):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
     model = tiny_model(n_layers=8)
-    policies = None, bench.Planned(bench.make_plan(8, 0.5, tokens=6, batch=2))
-    eager = [written(model, policy, prompt=1, batch=2) for policy in policies]
+    policies = None, bench.Planned(bench.make_plan(8, 0.5, tokens=6, batch=batch))
+    eager = [written(model, policy, Trace(), batch, prompt=1) for policy in policies]
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     bench.compile_blocks()
-    compiled = [written(model, policy, prompt=1, batch=2) for policy in policies]
+    compiled = [written(model, policy, Trace(), batch, prompt=1) for policy in policies]
     for one, other in zip(eager, compiled):
         assert torch.allclose(one, other, atol=1e-5, rtol=1e-5)
     assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] < 8
