@@ -1,6 +1,7 @@
 """The dense model: what a reader of model.py may rely on, whatever the sizes, the batch and the chunks."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from tiny import NaiveLlama, add, chunkings, close, is_real, models, poisoned_cache, run, texts, tiny_model
 
 import model as model_py
-from model import KVCache, ModelArgs, RMSNorm, Transformer, dense, rope_factors, rotate
+from model import KVCache, ModelArgs, RMSNorm, Transformer, apply_rotary_emb, dense, precompute_freqs_cis
+from one_row import scaled_dot_product_attention
 from skip import Trace
 
 
@@ -205,9 +207,9 @@ def test_norm_and_rotation_of_bfloat16_round_once():
     expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
     assert ((RMSNorm(64, 1e-5).bfloat16()(x) - expected).abs() <= half_ulp * expected.abs()).all()
     positions = torch.arange(32).view(4, 8)
-    rope = rope_factors(positions, ModelArgs(dim=64, n_heads=1), "cpu")
-    exact = rotate(x.float(), rope)
-    assert ((rotate(x, rope) - exact).abs() <= half_ulp * exact.abs()).all()
+    rope = precompute_freqs_cis(positions, ModelArgs(dim=64, n_heads=1), "cpu")
+    exact = apply_rotary_emb(x.float(), rope)
+    assert ((apply_rotary_emb(x, rope) - exact).abs() <= half_ulp * exact.abs()).all()
 
 
 def complex_rotation(x, positions, theta):
@@ -226,7 +228,7 @@ def test_rotary_embedding(seed, head_dim, theta, shift):
     at_q, at_k = torch.randint(1000, (2, 2, 5), generator=random)
 
     def turned(x, positions):
-        return rotate(x, rope_factors(positions, args, "cpu"))
+        return apply_rotary_emb(x, precompute_freqs_cis(positions, args, "cpu"))
 
     assert close(turned(q, at_q).double(), complex_rotation(q, at_q, theta), 1e-3)  # float32 angles of up to 1000
     assert close(turned(q, at_q % 8).double(), complex_rotation(q, at_q % 8, theta))
@@ -267,31 +269,34 @@ def test_a_policy_gets_the_layers_the_embeddings_and_the_step(data):
 
 @given(st.data())
 def test_the_parts_of_a_layer(data):
-    """feed runs for the rows named, the others stay h; attend then feed is the layer; remember is attend's memory."""
+    """
+    add_feed_forward runs for the active tokens, and the others stay h; after add_attention it is the layer; write_kv
+    leaves in the cache what add_attention does.
+    """
     model = data.draw(models(st.just(1)))
     tokens = data.draw(texts(model))["tokens"]
-    rows = torch.tensor(data.draw(st.lists(st.booleans(), min_size=tokens.numel(), max_size=tokens.numel())))
-    rows = rows.view(tokens.shape)
+    active = torch.tensor(data.draw(st.lists(st.booleans(), min_size=tokens.numel(), max_size=tokens.numel())))
+    active = active.view(tokens.shape)
     layer, ran = model.layers[0], []
     layer.feed_forward.register_forward_hook(lambda module, inputs, out: ran.append(inputs[0].shape[:-1].numel()))
 
     def walk(layers, x, step):
-        h = layer.attend(x, step)
-        temp = layer.feed(h, step)
+        h = layer.add_attention(x, step)
+        temp = layer.add_feed_forward(h, step)
         assert torch.equal(temp, layer(x, step))
         assert close(temp, h + layer.feed_forward(layer.ffn_norm(h)))
         ran.clear()
-        some = layer.feed(h, step, rows)
-        assert ran == [rows.sum()] * bool(rows.any())  # once, or not at all
-        assert torch.equal(some[~rows], h[~rows])
-        assert close(torch.where(rows[:, :, None], some, temp), temp)
+        some = layer.add_feed_forward(h, step, active)
+        assert ran == [active.sum()] * bool(active.any())  # once, or not at all
+        assert torch.equal(some[~active], h[~active])
+        assert close(torch.where(active[:, :, None], some, temp), temp)
         return temp
 
     cache = KVCache(model.args, *tokens.shape)
     model(tokens, cache, policy=walk)
 
-    for part in layer.remember, layer.attend:
-        for named in None, rows:
+    for part in layer.write_kv, layer.add_attention:
+        for named in None, active:
             copy = KVCache(model.args, *tokens.shape)
 
             def only(layers, x, step):
@@ -299,7 +304,7 @@ def test_the_parts_of_a_layer(data):
                 return x
 
             model(tokens, copy, policy=only)
-            kept = torch.ones_like(rows) if named is None else named
+            kept = torch.ones_like(active) if named is None else named
             assert torch.equal(copy.written[0], kept) and copy.complete() == bool(kept.all())
             assert close(copy.k, cache.k * kept[:, None, :, None]) and close(copy.v, cache.v * kept[:, None, :, None])
 
@@ -337,7 +342,7 @@ def test_no_device_is_named():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_of_a_single_row_is_exact_to_its_dtype(columns, dtype, masked):
-    """All heads at once, three and one, and one at a time."""
+    """All heads at once, three and one, and one at a time: as many as the scratch memory has room for."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 4, n, 64, generator=draw).to(dtype) for n in (1, columns, columns))
     mask = torch.ones(1, 1, 1, columns, dtype=torch.bool)
@@ -345,7 +350,15 @@ def test_attention_of_a_single_row_is_exact_to_its_dtype(columns, dtype, masked)
     scores = (q.double() @ k.double().mT / 8).masked_fill(~mask, -torch.inf)
     expected = scores.softmax(-1) @ v.double()
     for heads in 4, 3, 1:
-        scratch = torch.full((2, heads * columns * 64 + 1), torch.nan)
-        out = model_py.attention_of_one(q, k, v, mask if masked else None, scratch)
-        assert out.dtype == dtype
+        cache = SimpleNamespace(scratch=torch.full((2, heads * columns * 64 + 1), torch.nan), max_seq_len=columns)
+        out = scaled_dot_product_attention(q, k, v, mask if masked else None, cache)
+        assert out.dtype == dtype and cache.scratch.isnan().logical_not().any()
         torch.testing.assert_close(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_the_scratch_memory_has_room_for_a_head_of_any_length():
+    """The memory is made once per cache, for its longest text: 5,000 columns of 128 are more than its least size."""
+    cache = SimpleNamespace(scratch=None, max_seq_len=5000)
+    for columns in 1, 5000:
+        q, k, v = (torch.ones(1, 2, n, 128, dtype=torch.bfloat16) for n in (1, columns, columns))
+        assert torch.equal(scaled_dot_product_attention(q, k, v, None, cache), q)
