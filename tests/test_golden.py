@@ -1,4 +1,4 @@
-"""The same logits as another implementation: `transformers` computed tests/golden/logits.safetensors (make_golden.py there)."""
+"""The same logits as another implementation: golden/make_golden.py had `transformers` compute logits.safetensors."""
 
 from pathlib import Path
 
@@ -19,18 +19,22 @@ LAYOUTS = {  # folder or file -> whose logits it must give
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_are_those_of_transformers(layout):
-    """Every layout, with grouped, multi-head and multi-query attention: within 1e-5 of the largest logit, in float32."""
+    """Every layout, with grouped, multi-head and multi-query attention: to 1e-5 of the largest logit, in float32."""
     if layout.endswith(".gguf"):
         pytest.importorskip("gguf", reason="reading a GGUF file needs the package gguf")
-    model, tokens, expected = load_model(GOLDEN / layout, dtype=torch.float32), LOGITS["tokens"], LOGITS[LAYOUTS[layout]]
+    model = load_model(GOLDEN / layout, dtype=torch.float32)
+    tokens, expected = LOGITS["tokens"], LOGITS[LAYOUTS[layout]]
     assert (model(tokens) - expected).abs().max() <= 1e-5 * expected.abs().max()
     cache = KVCache(model.args, *tokens.shape)
     one_by_one = torch.cat([model(column, cache) for column in tokens.split(1, dim=1)], dim=1)
     assert (one_by_one - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if not layout.endswith(".gguf")])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_checkpoint_runs_in_the_dtype_it_is_stored_in(layout):
+    """A GGUF file in bfloat16, whatever its tensors are quantised to."""
+    if layout.endswith(".gguf"):
+        pytest.importorskip("gguf", reason="reading a GGUF file needs the package gguf")
     model = load_model(GOLDEN / layout)
     assert model.tok_embeddings.weight.dtype in (torch.bfloat16, torch.float16)
     assert model(LOGITS["tokens"]).dtype == torch.float32

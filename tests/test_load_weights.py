@@ -1,4 +1,4 @@
-"""Any checkpoint opens; one that is not right is a one-line error that names the culprit, from Python and the command line."""
+"""Any checkpoint opens; for a broken one a single line names the culprit, from Python and from the command line."""
 
 import json
 import os
@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN, LOGITS
 
-from load_weights import HUGGING_FACE, LoadError, demo_path, load_model, load_tokenizer
+from common import LoadError, demo_path
+from load_weights import HUGGING_FACE, load_model, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,11 +28,13 @@ def edit_json(name, **changes):
 
 
 def edit_tensors(change, file="model.safetensors"):
+    """change(tensors): the tensors to replace or to add; None for one to remove."""
+
     def edit(folder):
         path = folder / file
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-        change(tensors)
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        tensors |= change(tensors)
+        tensors = {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
         save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
 
     return edit
@@ -56,54 +59,101 @@ def legacy(name):
     return edit
 
 
+# case -> (changes of hf-gqa's config.json, what the error says)
+CONFIGS = {
+    "misshapen wk": (dict(num_key_value_heads=4), r"k_proj.weight has shape \(16, 32\), expected \(32"),
+    "architecture": (dict(model_type="qwen2"), "config.json: model_type 'qwen2' is not supported"),
+    "attention bias": (dict(attention_bias=True), "config.json: attention_bias is not supported"),
+    "mlp bias": (dict(mlp_bias=True), "mlp_bias is not supported"),
+    "sliding window": (dict(sliding_window=4096), "sliding_window is not supported"),
+    "experts": (dict(num_local_experts=8), "num_local_experts is not supported"),
+    "quantised": (dict(quantization_config={"bits": 4}), "quantization_config is not supported"),
+    "activation": (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
+    "rope scaling": (dict(rope_scaling=dict(type="linear", factor=2.0)), "rope scaling .*linear"),
+    "missing size": (dict(hidden_size="gone"), "config.json: 'hidden_size' is missing"),
+    "odd size": (dict(num_attention_heads=6), "config.json: dim 32 is not a multiple of n_heads 6"),
+}
+
+# case -> (changes of hf-gqa's tensors, given as a function of them, what the error says)
 Q = "model.layers.1.self_attn.q_proj.weight"
-BROKEN = {
-    "missing tensor": ("hf-gqa", edit_tensors(lambda t: t.pop(Q)), "layers.1.attention.wq.weight is missing"),
-    "extra tensor": ("hf-gqa", edit_tensors(lambda t: t.update({"model.layers.9.mlp.up_proj.weight": t["lm_head.weight"]})),
-                     r"layers.9.feed_forward.w3.weight belongs to no LLaMA"),
-    "foreign tensor": ("hf-gqa", edit_tensors(lambda t: t.update(x=t["lm_head.weight"])), "model.safetensors: tensor x belongs"),
-    "bias": ("hf-gqa", edit_tensors(lambda t: t.update({"model.layers.0.mlp.up_proj.bias": t["model.norm.weight"]})), "up_proj.bias"),
-    "misshapen tensor": ("hf-gqa", edit_tensors(lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:9]})),
-                         r"output.weight has shape \(9, 32\), expected \(380, 32\)"),
-    "misshapen wk": ("hf-gqa", edit_json("config.json", num_key_value_heads=4), r"k_proj.weight has shape \(16, 32\), expected \(32"),
-    "architecture": ("hf-gqa", edit_json("config.json", model_type="qwen2"), "config.json: model_type 'qwen2' is not supported"),
-    "attention bias": ("hf-gqa", edit_json("config.json", attention_bias=True), "config.json: attention_bias is not supported"),
-    "mlp bias": ("hf-gqa", edit_json("config.json", mlp_bias=True), "mlp_bias is not supported"),
-    "sliding window": ("hf-gqa", edit_json("config.json", sliding_window=4096), "sliding_window is not supported"),
-    "experts": ("hf-gqa", edit_json("config.json", num_local_experts=8), "num_local_experts is not supported"),
-    "quantised": ("hf-gqa", edit_json("config.json", quantization_config={"bits": 4}), "quantization_config is not supported"),
-    "activation": ("hf-gqa", edit_json("config.json", hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
-    "rope scaling": ("hf-gqa", edit_json("config.json", rope_scaling=dict(type="linear", factor=2.0)), "rope scaling .*linear"),
-    "new rope scaling": ("hf-theta", edit_json("config.json", rope_parameters=dict(rope_type="llama3", factor=8.0)), "rope scaling"),
-    "missing size": ("hf-gqa", edit_json("config.json", hidden_size="gone"), "config.json: 'hidden_size' is missing"),
-    "odd size": ("hf-gqa", edit_json("config.json", num_attention_heads=5), "config.json: dim 32 is not a multiple of n_heads 5"),
+TENSORS = {
+    "missing tensor": (lambda t: {Q: None}, "layers.1.attention.wq.weight is missing"),
+    "extra tensor": (
+        lambda t: {"model.layers.9.mlp.up_proj.weight": t["lm_head.weight"]},
+        "layers.9.feed_forward.w3.weight belongs to no LLaMA",
+    ),
+    "foreign tensor": (lambda t: {"x": t["lm_head.weight"]}, "model.safetensors: tensor x belongs"),
+    "bias": (lambda t: {"model.layers.0.mlp.up_proj.bias": t["model.norm.weight"]}, "up_proj.bias"),
+    "misshapen tensor": (
+        lambda t: {"lm_head.weight": t["lm_head.weight"][:9]},
+        r"output.weight has shape \(9, 32\), expected \(380, 32\)",
+    ),
+    "integer wq": (lambda t: {Q: t[Q].to(torch.int8)}, "q_proj.weight is in torch.int8"),
+    "integer tensor": (
+        lambda t: {"lm_head.weight": t["lm_head.weight"].to(torch.int8)},
+        "tensor output.weight is in torch.int8",
+    ),
+}
+
+# case -> (layout, what happens to its folder, what the error says)
+SHARD_1, SHARD_2 = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
+POINTER = b"version https://git-lfs.github.com/spec/v1\n"
+WO = "layers.0.attention.wo.weight"
+FOLDERS = {
+    "new rope scaling": (
+        "hf-theta", edit_json("config.json", rope_parameters=dict(rope_type="llama3", factor=8.0)), "rope scaling",
+    ),
     "no JSON": ("hf-gqa", write("config.json", b"{"), "config.json: not a JSON file"),
     "no weights": ("hf-gqa", remove("model.safetensors"), "hf-gqa: no weights: expected model"),
-    "missing shard": ("hf-mha", remove("model-00002-of-00002.safetensors"), "model-00002-of-00002.safetensors: no such file"),
+    "missing shard": (
+        "hf-mha", remove("model-00002-of-00002.safetensors"), "model-00002-of-00002.safetensors: no such file",
+    ),
     "cut safetensors": ("hf-gqa", cut("model.safetensors"), "model.safetensors: cannot be read"),
-    "no safetensors": ("hf-gqa", write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "model.safetensors: cannot"),
-    "cut bin": ("hf-mqa", cut("pytorch_model-00002-of-00002.bin"), "pytorch_model-00002-of-00002.bin: cannot be read"),
-    "foreign bin": ("hf-mqa", write("pytorch_model-00001-of-00002.bin", b"version https://git-lfs\n"), "not a PyTorch file"),
-    "legacy bin": ("hf-mqa", legacy("pytorch_model-00001-of-00002.bin"), r"before 1.6.*torch.save\(torch.load"),
-    "program in a bin": ("hf-mqa", lambda folder: torch.save(Path("x"), folder / "pytorch_model-00001-of-00002.bin"), "cannot be read"),
-    "missing Meta shard": ("meta-mha", remove("consolidated.01.pth"), r"meta-mha: 1 of 2 files consolidated.\*.pth are there"),
-    "missing first Meta shard": ("meta-mha", remove("consolidated.00.pth"), r"meta-mha: 1 of 2 files consolidated.\*.pth are there"),
-    "two sets of weights": ("hf-gqa", lambda folder: shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors"),
-                            r"model.safetensors: tensor .* is in another file"),
-    "integer tensor": ("hf-gqa", edit_tensors(lambda t: t.update({Q: t[Q].to(torch.int8)})), r"attention.wq.weight is in torch.int8"),
-    "uneven Meta shard": ("meta-mha", edit_tensors(lambda t: t.pop("layers.0.attention.wo.weight"), "consolidated.01.pth"),
-                          "consolidated.01.pth: tensor layers.0.attention.wo.weight is missing"),
+    "no safetensors": ("hf-gqa", write("model.safetensors", POINTER), "model.safetensors: cannot"),
+    "cut bin": ("hf-mqa", cut(SHARD_2), f"{SHARD_2}: cannot be read"),
+    "foreign bin": ("hf-mqa", write(SHARD_1, POINTER), "not a PyTorch file"),
+    "legacy bin": ("hf-mqa", legacy(SHARD_1), r"before 1.6.*torch.save\(torch.load"),
+    "program in a bin": ("hf-mqa", lambda folder: torch.save(Path("x"), folder / SHARD_1), "cannot be read"),
+    "missing Meta shard": (
+        "meta-mha", remove("consolidated.01.pth"), r"meta-mha: 1 of 2 files consolidated.\*.pth are there",
+    ),
+    "missing first Meta shard": (
+        "meta-mha", remove("consolidated.00.pth"), r"meta-mha: 1 of 2 files consolidated.\*.pth are there",
+    ),
+    "two sets of weights": (
+        "hf-gqa",
+        lambda folder: shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors"),
+        r"model.safetensors: tensor .* is in another file",
+    ),
+    "uneven Meta shard": (
+        "meta-mha",
+        edit_tensors(lambda t: {WO: None}, "consolidated.01.pth"),
+        f"consolidated.01.pth: tensor {WO} is missing",
+    ),
     "scaled rope": ("meta-gqa", edit_json("params.json", use_scaled_rope=True), "use_scaled_rope is not supported"),
     "no Meta weights": ("meta-gqa", remove("consolidated.00.pth"), "meta-gqa: no weights"),
     "no layout": ("meta-gqa", remove("params.json"), "no checkpoint: expected params.json"),
-    "no tokenizer": ("hf-gqa", remove("tokenizer.model"), "hf-gqa: no tokenizer: expected tokenizer.model or tokenizer.json"),
-    "bad tokenizer": ("hf-gqa", write("tokenizer.model", b"no model"), "tokenizer.model: not a sentencepiece model"),
-}  # fmt: skip
+    "no tokenizer": (
+        "hf-gqa", remove("tokenizer.model"), "hf-gqa: no tokenizer: expected tokenizer.model or tokenizer.json",
+    ),
+    "bad tokenizer": (
+        "hf-gqa", write("tokenizer.model", b"no model"), "tokenizer.model: not a sentencepiece model",
+    ),
+}
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_checkpoint_is_one_line_that_names_the_culprit(case, tmp_path):
-    layout, edit, message = BROKEN[case]
+def broken():
+    """All of them as (layout, what happens to its folder, what the error says), each under its case's name."""
+    for case, (changes, message) in CONFIGS.items():
+        yield pytest.param("hf-gqa", edit_json("config.json", **changes), message, id=case)
+    for case, (change, message) in TENSORS.items():
+        yield pytest.param("hf-gqa", edit_tensors(change), message, id=case)
+    for case, (layout, edit, message) in FOLDERS.items():
+        yield pytest.param(layout, edit, message, id=case)
+
+
+@pytest.mark.parametrize("layout, edit, message", list(broken()))
+def test_a_broken_checkpoint_is_one_line_that_names_the_culprit(layout, edit, message, tmp_path):
     folder = tmp_path / layout
     shutil.copytree(GOLDEN / layout, folder)
     edit(folder)
@@ -121,7 +171,8 @@ def test_the_command_line_says_so_without_a_traceback(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF but not really")
     for args in ["nosuch"], [str(tmp_path)], [str(tmp_path / "x.gguf")], ["--bogus"]:
         result = cli(*args)
-        assert result.returncode and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+        assert result.returncode and result.stderr.startswith("error: "), result.stderr
+        assert result.stderr.count("\n") == 1, result.stderr
 
 
 @pytest.mark.parametrize("keep", ["header", "all but the end"])
@@ -134,7 +185,7 @@ def test_a_cut_gguf_file_is_an_error(keep, tmp_path):
 
 
 def test_what_is_written_with_out_opens_as_the_same_model_without_a_copy(tmp_path):
-    """One safetensors file in Meta's names, params.json and the tokenizer: mapped, so that opening it costs no memory."""
+    """One safetensors file in Meta's names, params.json, the tokenizer: mapped, so that opening it costs no memory."""
     result = cli(str(GOLDEN / "hf-gqa"), "--out", str(tmp_path / "new"))
     assert result.returncode == 0 and "feed_forward.w1" in result.stdout, result.stderr
     old, new = load_model(GOLDEN / "hf-gqa"), load_model(tmp_path / "new")
@@ -148,7 +199,7 @@ def test_shards_without_an_index_and_a_tied_head_stored_twice_open(tmp_path):
     (tmp_path / "hf-mha" / "model.safetensors.index.json").unlink()
     load_model(tmp_path / "hf-mha")
     shutil.copytree(GOLDEN / "hf-tied", tmp_path / "hf-tied")
-    edit_tensors(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(tmp_path / "hf-tied")
+    edit_tensors(lambda t: {"lm_head.weight": t["model.embed_tokens.weight"]})(tmp_path / "hf-tied")
     assert load_model(tmp_path / "hf-tied").output is None
 
 
@@ -197,8 +248,8 @@ def test_opening_takes_little_more_memory_than_what_must_change(tmp_path):
     (meta / "params.json").write_text(json.dumps(sizes))
     torch.save(tensors, meta / "consolidated.00.pth")
     config = json.loads((GOLDEN / "hf-mha" / "config.json").read_text())
-    config |= dict(hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=8,
-                   intermediate_size=1376, vocab_size=1000)  # fmt: skip
+    config |= dict(hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=8)
+    config |= dict(intermediate_size=1376, vocab_size=1000)
     (hf / "config.json").write_text(json.dumps(config))
     back = {new: old for old, new in HUGGING_FACE.items()}
     renamed = {}

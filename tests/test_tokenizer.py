@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from test_golden import GOLDEN
 
-import load_weights
-from load_weights import LoadError, SentencePieceTokenizer, load_tokenizer, render
+from common import LoadError
+from tokenizer import SentencePieceTokenizer, load_tokenizer, render, sentencepiece_proto
 
 ORIGINAL = SentencePieceProcessor(model_file=str(GOLDEN / "tokenizer.model"))
 LINES = (GOLDEN / "text.txt").read_text(encoding="utf-8").splitlines() + [
-    "1234567 3.14159 2024-11-23", "🙂🚀👩‍👩‍👧 ☕️", "   leading   spaces\t tabs", "don't WE'LL I'm", "a\n\nb\n \nc", " ", "",
-    "x = [i**2 for i in range(10)]  # squares", "٣٤٥ ½ ² Ⅷ …—“quotes”",
+    "1234567 3.14159 2024-11-23", "🙂🚀👩‍👩‍👧 ☕️", "   leading   spaces\t tabs", "don't WE'LL I'm", "a\n\nb\n \nc", " ",
+    "", "x = [i**2 for i in range(10)]  # squares", "٣٤٥ ½ ² Ⅷ …—“quotes”",
 ]  # fmt: skip
 
 
@@ -44,10 +44,12 @@ def test_the_sentencepiece_model_in_a_gguf_file_gives_the_ids_of_sentencepiece()
 @given(st.text(max_size=30))
 def test_a_rebuilt_sentencepiece_model_is_the_original(text):
     """Pieces, scores and types are all of it: for LLaMA's normalisation, which is none."""
-    n = ORIGINAL.vocab_size()
-    kinds = [2 if ORIGINAL.is_unknown(i) else 3 if ORIGINAL.is_control(i) else 6 if ORIGINAL.is_byte(i) else 1 for i in range(n)]
-    pieces, scores = [ORIGINAL.id_to_piece(i) for i in range(n)], [ORIGINAL.get_score(i) for i in range(n)]
-    rebuilt = SentencePieceTokenizer(load_weights.sentencepiece_proto(pieces, scores, kinds, 0, 1, 2, True), "test")
+    pieces, scores, kinds = [], [], []
+    for i in range(ORIGINAL.vocab_size()):
+        pieces.append(ORIGINAL.id_to_piece(i))
+        scores.append(ORIGINAL.get_score(i))
+        kinds.append(2 * ORIGINAL.is_unknown(i) or 3 * ORIGINAL.is_control(i) or 6 * ORIGINAL.is_byte(i) or 1)
+    rebuilt = SentencePieceTokenizer(sentencepiece_proto(pieces, scores, kinds, 0, 1, 2, True), "test")
     assert rebuilt.encode(text, bos=False) == ORIGINAL.encode(text)
 
 
@@ -73,8 +75,12 @@ def test_chat_is_the_checkpoints_own_template_with_its_control_tokens():
 def test_llama_2_chats_as_meta_wrote_it():
     """https://github.com/meta-llama/llama: [INST] and <<SYS>>, each turn between beginning and end of text."""
     tokenizer = load_tokenizer(GOLDEN / "hf-gqa")
-    turns = [dict(role="system", content="Be kind."), dict(role="user", content=" Hi "), dict(role="assistant", content="Ho"),
-             dict(role="user", content="Why?")]  # fmt: skip
+    turns = [
+        dict(role="system", content="Be kind."),
+        dict(role="user", content=" Hi "),
+        dict(role="assistant", content="Ho"),
+        dict(role="user", content="Why?"),
+    ]
     first = "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n Hi [/INST] Ho "
     assert tokenizer.decode(tokenizer.chat(turns)) == tokenizer.decode(
         tokenizer.encode(first) + tokenizer.encode("[INST] Why? [/INST]")
@@ -84,11 +90,13 @@ def test_llama_2_chats_as_meta_wrote_it():
 
 
 def test_a_template_is_rendered_in_a_sandbox():
-    assert (
-        render("{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}", [dict(content="x")], "<s>", "") == "<s>x"
-    )
-    for template, message in [("{{ raise_exception('no system') }}", "no system"), ("{{ ''.__class__.__mro__ }}", "template failed"),
-                              ("{% for %}", "template failed")]:  # fmt: skip
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert render(template, [dict(content="x")], "<s>", "") == "<s>x"
+    for template, message in [
+        ("{{ raise_exception('no system') }}", "no system"),
+        ("{{ ''.__class__.__mro__ }}", "template failed"),
+        ("{% for %}", "template failed"),
+    ]:
         with pytest.raises(LoadError, match=message):
             render(template, [dict(content="x")], "", "")
 
@@ -104,13 +112,15 @@ def test_a_sentencepiece_model_with_a_template_of_its_own_knows_its_control_toke
 
 
 def test_an_id_past_the_vocabulary_is_no_text():
-    """A model's embedding may have more rows than its tokenizer has words, and a sampled one must not end the stream."""
+    """A model's embedding may have more rows than its tokenizer has tokens; a sampled one must not end the stream."""
     tokenizer = load_tokenizer(GOLDEN / "hf-gqa")
     ids = ORIGINAL.encode("Paris")
     assert tokenizer.decode([*ids, 380, 10**6]) == "Paris"
 
 
-@pytest.mark.parametrize("pre, stated, adds", [("llama-bpe", None, True), ("llama-bpe", False, False), ("smollm", None, False)])
+@pytest.mark.parametrize(
+    "pre, stated, adds", [("llama-bpe", None, True), ("llama-bpe", False, False), ("smollm", None, False)]
+)
 def test_a_gguf_file_that_does_not_say_adds_the_beginning_of_text_as_llama_cpp_does(pre, stated, adds, tmp_path):
     assert load_tokenizer(write_gguf(tmp_path, pre, ["a c"], stated)).encode("ac") == [3] * adds + [2]
 
