@@ -1,28 +1,13 @@
 """
-What evaluate.py reads: public datasets in the formats users have them in. Each raises ValueError("FILE:LINE: ...") for what
-it cannot read. `options` is evaluate.py's; only load_mmlu looks at it.
+What evaluate.py reads: public datasets in the formats that users have them in. Each raises ValueError("FILE:LINE: ...")
+for what it cannot read. `options` is evaluate.py's; only load_mmlu looks at it.
 """
 
 import csv
 import json
 from pathlib import Path
 
-
-def read_jsonl(path, *keys):
-    """The records of a JSON Lines file, each with one of `keys` at least."""
-    records = []
-    for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line) if line.strip() else None
-        except ValueError:
-            raise ValueError(f"{path}:{n}: not a line of JSON") from None
-        if record is not None:
-            if not isinstance(record, dict) or not any(record.get(key) for key in keys):
-                raise ValueError(f"{path}:{n}: expected an object with {' or '.join(map(repr, keys))}")
-            records.append(record)
-    if not records:
-        raise ValueError(f"{path}:1: no record in it")
-    return records
+from measuring import read_jsonl, read_text, read_utf8
 
 
 def read_csv(path):
@@ -39,9 +24,7 @@ def read_csv(path):
 
 def load_text(path, options=None):
     """Plain text, or the "text" of each record of a .jsonl, with an empty line between."""
-    if Path(path).suffix == ".jsonl":
-        return "\n\n".join(record["text"] for record in read_jsonl(path, "text"))
-    text = Path(path).read_text(encoding="utf-8")
+    text = read_text([path])
     if not text.strip():
         raise ValueError(f"{path}:1: no text in it")
     return text
@@ -49,73 +32,98 @@ def load_text(path, options=None):
 
 def load_questions(path, options=None):
     """[(question, [every right answer])] of FreebaseQA or TriviaQA."""
-    if Path(path).suffix != ".json":
-        found = []
-        for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-            question, *answers = [part.strip() for part in line.split("|")]
-            if line.strip() and not (question and any(answers)):
-                raise ValueError(f"{path}:{n}: expected `question | answer`")
-            if line.strip():
-                found.append((question, [answer for answer in answers if answer]))
-    else:
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON") from None
-        try:
-            if "Questions" in data:
-                names = lambda q: {n for p in q["Parses"] for a in p["Answers"] for n in a["AnswersName"] if n}
-                found = [(q["RawQuestion"], sorted(names(q))) for q in data["Questions"]]
-            else:
-                found = [(q["Question"], [q["Answer"]["Value"], *q["Answer"]["Aliases"]]) for q in data["Data"]]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}:1: neither FreebaseQA nor TriviaQA: no {error} in a question") from None
-    if not found:
+    questions = question_lines(path) if Path(path).suffix != ".json" else question_json(path)
+    if not questions:
         raise ValueError(f"{path}:1: no question in it")
-    return found
+    return questions
+
+
+def question_lines(path):
+    questions = []
+    for n, line in enumerate(read_utf8(path).splitlines(), start=1):
+        question, *answers = [part.strip() for part in line.split("|")]
+        answers = [answer for answer in answers if answer]
+        if line.strip() and not (question and answers):
+            raise ValueError(f"{path}:{n}: expected `question | answer`")
+        if line.strip():
+            questions.append((question, answers))
+    return questions
+
+
+def question_json(path):
+    try:
+        data = json.loads(read_utf8(path))
+    except ValueError as error:
+        raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON") from None
+    questions = []
+    try:
+        if "Questions" in data:  # FreebaseQA
+            for q in data["Questions"]:
+                answers = [answer for parse in q["Parses"] for answer in parse["Answers"]]
+                names = {name for answer in answers for name in answer["AnswersName"] if name}
+                questions.append((q["RawQuestion"], sorted(names)))
+        else:
+            for q in data["Data"]:  # TriviaQA
+                questions.append((q["Question"], [q["Answer"]["Value"], *q["Answer"]["Aliases"]]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}:1: neither FreebaseQA nor TriviaQA: no {error} in a question") from None
+    return questions
 
 
 def load_mmlu(path, options):
     """{subject: (five solved questions, questions to solve)}, a question being (text, four choices, right letter)."""
     names = sorted(file.name.removesuffix("_test.csv") for file in Path(path, "test").glob("*_test.csv"))
-    unknown = [name for name in options.subjects or [] if name not in names]
-    if not names or unknown:
-        raise ValueError(f"{path}/test:1: no {unknown[0] if unknown else 'SUBJECT'}_test.csv in it")
-    load = lambda name, part: list(mmlu_questions(Path(path, part, f"{name}_{part}.csv")))
-    return {name: (load(name, "dev")[:5], load(name, "test")) for name in options.subjects or names}
+    wanted = options.subjects or names
+    for name in wanted or ["SUBJECT"]:
+        if name not in names:
+            raise ValueError(f"{path}/test:1: no {name}_test.csv in it")
+    subjects = {}
+    for name in wanted:
+        shots = mmlu_questions(Path(path, "dev", f"{name}_dev.csv"))
+        subjects[name] = shots[:5], mmlu_questions(Path(path, "test", f"{name}_test.csv"))
+    return subjects
 
 
 def mmlu_questions(path):
+    questions = []
     for n, cells in read_csv(path):
         if cells[0] == "question" and cells[-1] == "answer":
             continue  # a header, which Hendrycks' own files have not
         answer = dict(zip("0123ABCD", "ABCDABCD")).get(cells[-1].strip())
         if len(cells) != 6 or answer is None:
             raise ValueError(f"{path}:{n}: expected question, four choices and an answer of A to D or 0 to 3")
-        yield cells[0], cells[1:5], answer
+        questions.append((cells[0], cells[1:5], answer))
+    return questions
 
 
 def load_stories(path, options=None):
     """[(story, reference summary)]: CSV with columns text or article and y or highlights, or JSONL."""
-    pick = lambda record, *keys: next((record[key] for key in keys if record.get(key)), None)
-    stories = []
     if Path(path).suffix == ".jsonl":
-        rows = enumerate(read_jsonl(path, "docs", "article", "text"), start=1)
+        rows = list(enumerate(read_jsonl(path, "docs", "article", "text"), start=1))
     else:
-        lines = list(read_csv(path))
-        rows = [(n, dict(zip(lines[0][1], cells))) for n, cells in lines[1:]]
-    for n, record in rows:
-        story, summary = pick(record, "docs", "article", "text"), pick(record, "highlights", "y", "summary", "result")
-        story = "\n\n".join(story) if isinstance(story, list) else story
-        summary = summary.get("text") if isinstance(summary, dict) else summary
-        if not isinstance(story, str) or not isinstance(summary, str):
-            raise ValueError(
-                f"{path}:{n}: expected a story (docs, article or text) and a summary (highlights, y or result)"
-            )
-        stories.append((story, summary.removeprefix("1####")))
-    if not stories:
+        (_, header), *lines = [*read_csv(path)] or [(1, [])]
+        rows = [(n, dict(zip(header, cells))) for n, cells in lines]
+    if not rows:
         raise ValueError(f"{path}:1: no story in it")
+    stories = []
+    for n, record in rows:
+        story = first_of(record, "docs", "article", "text")
+        summary = first_of(record, "highlights", "y", "summary", "result")
+        if isinstance(story, list):
+            story = "\n\n".join(story)
+        if isinstance(summary, dict):
+            summary = summary.get("text")
+        if not isinstance(story, str) or not isinstance(summary, str):
+            keys = "a story (docs, article or text) and a summary (highlights, y or result)"
+            raise ValueError(f"{path}:{n}: expected {keys}")
+        stories.append((story, summary.removeprefix("1####")))
     return stories
+
+
+def first_of(record, *keys):
+    for key in keys:
+        if record.get(key):
+            return record[key]
 
 
 def load_prompts(path, options=None):

@@ -1,0 +1,204 @@
+"""
+How a policy is measured: on windows of text, by its cosines and its skip ratio, against the dense model; and how it is
+brought to a ratio. A window is (ids, prompt_len): a list of token ids, of which the first prompt_len are prompt.
+"""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from common import progress
+from generate import generate
+from model import KVCache, dense
+from skip import FFNSkip, Trace
+
+
+def read_jsonl(path, *keys):
+    """The records of a JSON Lines file, each with at least one of `keys`. Raises ValueError("FILE:LINE: ...")."""
+    records = []
+    for number, line in enumerate(read_utf8(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            raise ValueError(f"{path}:{number}: not a line of JSON") from None
+        if not isinstance(record, dict) or not any(record.get(key) for key in keys):
+            raise ValueError(f"{path}:{number}: expected an object with {' or '.join(map(repr, keys))}")
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path}:1: no record in it")
+    return records
+
+
+def read_utf8(path):
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def read_text(files):
+    """The text of the files, one after the other: JSON lines with a key "text", or plain (as WikiText is)."""
+    parts = []
+    for file in map(Path, files):
+        if file.suffix in (".jsonl", ".json"):
+            parts += [record["text"] for record in read_jsonl(file, "text")]
+        else:
+            parts.append(read_utf8(file))
+    return "\n\n".join(parts)
+
+
+def read_cosines(file):
+    """(tokens, n_layers) of a CSV file, one row per token and one column per layer, with or without a header."""
+    rows = []
+    with open(file, newline="", encoding="utf-8") as lines:
+        for number, cells in enumerate(csv.reader(lines), 1):
+            values = [to_cosine(cell) for cell in cells]
+            if number == 1 and all(value is None for value in values):
+                continue  # a header
+            if None in values:
+                raise ValueError(f"{file}:{number}: not a row of cosines")
+            if rows and values and len(values) != len(rows[0]):
+                before = f"and the rows before have {len(rows[0])}"
+                raise ValueError(f"{file}:{number}: {len(values)} columns, {before}")
+            if values:
+                rows.append(values)
+    if not rows:
+        raise ValueError(f"{file}: no cosines in it: expected one row per token and one column per layer")
+    return torch.tensor(rows)
+
+
+def to_cosine(cell):
+    """The number in a cell if it is a cosine, else None."""
+    try:
+        return float(cell) if -1.01 <= float(cell) <= 1.01 else None
+    except ValueError:
+        return None
+
+
+def cut(ids, size, begin=()):
+    """The list of ids in windows of `size`, each of which begins with the ids `begin`; the last one may be shorter."""
+    step = size - len(begin)
+    return [[*begin, *ids[i : i + step]] for i in range(0, len(ids), step)]
+
+
+def text_windows(tokenizer, text, n_tokens, size=512):
+    """Windows (ids, prompt_len 0) of the first n_tokens of text, each begun as the tokenizer begins a text."""
+    ids = tokenizer.encode(text[: 12 * n_tokens], bos=False)[:n_tokens]
+    return [(window, 0) for window in cut(ids, size, begin=tokenizer.encode(""))]
+
+
+def written_windows(model, prompts, n_new, seed):
+    """Windows (ids, prompt_len) of prompts, lists of ids, each with n_new tokens that the model draws for it."""
+    steps = list(generate(model, prompts, n_new, temperature=1.0, seed=seed))
+    return [(prompt + [step[row] for step in steps], len(prompt)) for row, prompt in enumerate(prompts)]
+
+
+def measure(model, windows, warm_up_index):
+    """(tokens, n_layers) fp32: cosine before and after each FFN block of the dense model, past the warm-up."""
+    everything = FFNSkip(0, model.args.n_layers, math.inf, warm_up_index)  # measures every layer, skips none
+    cosines = []
+    for ids, prompt_len in progress(windows, "measuring"):
+        trace, tokens = Trace(), torch.tensor([ids], device=model.tok_embeddings.weight.device)
+        model(tokens, policy=everything, prompt_len=prompt_len, trace=trace, last_only=True)
+        cosines.append(trace.cosine[:, 0, trace.token_index[0] > warm_up_index].T)
+    return torch.cat(cosines)
+
+
+def skip_ratio(model, policy, windows):
+    """The ffn_skip_ratio of the policy over windows (ids, prompt_len). ValueError if all end within its warm-up."""
+    skipped, blocks = 0, 0
+    for ids, prompt_len in windows:
+        trace, tokens = Trace(), torch.tensor([ids], device=model.tok_embeddings.weight.device)
+        model(tokens, policy=policy, prompt_len=prompt_len, trace=trace, last_only=True)
+        counts = trace.counts(policy.warm_up_index)
+        skipped, blocks = skipped + counts[0], blocks + counts[1]
+    if not blocks:
+        raise ValueError(f"no text in windows of {len(ids)} tokens lies past the warm-up of {policy.warm_up_index + 1}")
+    return skipped / blocks
+
+
+def compare_with_dense(model, windows, policy, reference, decode=False, label="comparing"):
+    """
+    For each window (ids, prompt_len) yield what the policy makes of it: scores (3, seq - 1) of its predictions, namely
+    the negative log-likelihood of the token that follows, the KL divergence from the dense model (both in nats), and 1
+    where the likeliest token is the dense model's; then the Trace and the KVCache. In one parallel pass, or with
+    `decode` token by token. reference is a dict that keeps the dense model's part of the work for the next call.
+    """
+    weight = model.tok_embeddings.weight
+    for number, (ids, prompt_len) in enumerate(progress(windows, label)):
+        tokens = torch.tensor([ids], device=weight.device)  # (1, seq)
+        if number not in reference:
+            reference[number] = dense_state(model, tokens)
+        dense_logits = model.logits(reference[number])[0]  # (seq, vocab)
+        cache, trace = KVCache(model.args, 1, len(ids), weight.dtype, weight.device), Trace()
+        logits = []
+        for part in tokens.split(1 if decode else len(ids), dim=1):
+            logits.append(model(part, cache, policy, prompt_len, trace=trace)[0])
+        yield score(torch.cat(logits), dense_logits, tokens[0]), trace, cache
+
+
+def dense_state(model, tokens):
+    """(1, seq, dim): what the dense model gives its norm and output head for tokens (1, seq)."""
+    states = []
+
+    def keep(layers, x, step):
+        states.append(dense(layers, x, step))
+        return states[0]
+
+    model(tokens, policy=keep, last_only=True)
+    return states[0]
+
+
+def score(logits, dense_logits, tokens):
+    """The scores (3, seq - 1) of compare_with_dense from two logits (seq, vocab) of tokens (seq,)."""
+    scores = []
+    for first in range(0, len(tokens) - 1, 32):  # few enough rows for the processor's caches
+        rows = slice(first, min(first + 32, len(tokens) - 1))
+        log_p, log_dense = logits[rows].log_softmax(-1), dense_logits[rows].log_softmax(-1)  # (32, vocab)
+        nll = -log_p.gather(1, tokens[1:][rows, None])[:, 0]
+        kl = (log_dense.exp() * (log_dense - log_p)).sum(-1)
+        scores.append(torch.stack((nll, kl, (log_p.argmax(-1) == log_dense.argmax(-1)).float())))
+    return torch.cat(scores, dim=1)
+
+
+def quality(model, windows, policy, reference):
+    """Means over the tokens past the warm-up: ffn_skip_ratio, perplexity, kl and top1 agreement with dense, a dict."""
+    scores, counts = [], []
+    for score, trace, _ in compare_with_dense(model, windows, policy, reference):
+        scores.append(score[:, trace.token_index[0, :-1] > policy.warm_up_index])
+        counts.append(trace.counts(policy.warm_up_index))
+    nll, kl, top1 = torch.cat(scores, dim=1).double().mean(1).tolist()
+    skipped, blocks = map(sum, zip(*counts))
+    return dict(ffn_skip_ratio=skipped / blocks, perplexity=math.exp(nll), kl=kl, top1=top1)
+
+
+def bring_to(at, low, high, wanted, tolerance=0.003, tries=14, first=None):
+    """
+    at(value) -> (policy, ratio), for low <= value <= high, of the value whose ratio is within `tolerance` of the wanted
+    one, or the nearest of so many tries. The ratio must fall as the value rises. `first` is the value to begin with.
+    """
+    ratio_low, ratio_high = 1.0, 0.0  # as far as we know yet
+    best, miss = None, math.inf
+    for i in range(tries):
+        # bisection, which always ends, in turn with a straight line between the ends, which is mostly faster
+        share = 0.5
+        if i % 2 and ratio_low > wanted > ratio_high:
+            share = min(max((ratio_low - wanted) / (ratio_low - ratio_high), 0.05), 0.95)
+        value = low + (high - low) * share
+        if i == 0 and first is not None:
+            value = first
+        policy, ratio = at(value)
+        if abs(ratio - wanted) < miss:
+            best, miss = (policy, ratio), abs(ratio - wanted)
+        if miss <= tolerance:
+            break
+        if ratio > wanted:
+            low, ratio_low = value, ratio
+        else:
+            high, ratio_high = value, ratio
+    return best
