@@ -7,15 +7,14 @@ How fast it is: prefill and decode, dense and skipped, beside the bytes that mem
     python experiments/bench.py --peers                             and transformers and llama.cpp, where installed
     python experiments/bench.py --shape 7B --layers 4 --skip 0.3 --context 2048    cost of a token by cache length
 
-variants:
+variants, each with its own cache and the same tokens; they take turns at every token, and peers follow in each repeat:
   dense     every block runs
   monitor   Algorithm 1 with sim_threshold=inf and no cold layers: the most that watching can cost
-  fixed     blocks chosen in advance are left out: what skipping alone gives
+  fixed     blocks chosen in advance are left out, and nothing is measured: what skipping alone gives
   ffnskip   Algorithm 1 with k=1 and no cold layers, at exactly the ratio asked for: cosines are measured and read back
             as ever, but then a plan drawn by chance, the same as in `fixed`, says which of them reach the threshold. It
             differs from token to token, and with --batch from row to row
-All are timed token by token in turn, in one process, each with its own cache and the same tokens; peers follow in each
-repeat. A variant's time for a token is its median over the repeats, and the table has the mean of that over the tokens.
+The time of a token is its median over the repeats, and the table has the mean of that over the tokens.
 
 columns:
   prefill, decode  tokens/s, of all rows together; the prompt always runs in full
@@ -24,22 +23,19 @@ columns:
   of read          the same as a share of the bandwidth at which this run sums one large tensor (CUDA: copies one)
   speed-up, bound  over dense, and the most that the bytes not needed allow
   of saving        share of the time which that bound says can be saved, that was saved
-  FLOPs saved      a token, as in Table 4: 2 for each weight of the feed-forward blocks left out
+  FLOPs saved      per token, as in Table 4: 2 for each weight of the feed-forward blocks left out
   memory           peak of the process (CUDA: of its tensors) before any peer is loaded
 """
 
-import argparse
 import csv
 import json
 import platform
 import random
 import re
 import shlex
-import statistics
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -49,64 +45,61 @@ sys.path.insert(0, str(HERE.parent))
 
 from peers import make_peers
 
-import load_weights
-import model as llama
-from generate import find_checkpoint, find_device, model_name, peak_memory, positive
-from model import KVCache, ModelArgs, Transformer, dense
+import common
+from generate import peak_memory
+from load_weights import load_model
+from model import SIZES, FeedForward, KVCache, ModelArgs, Transformer
 from skip import FFNSkip, Trace
 
-VARIANTS = ("dense", "monitor", "fixed", "ffnskip")
+VARIANTS = ["dense", "monitor", "fixed", "ffnskip"]
+COLUMNS = dict(
+    variant=("variant", "{}"), ffn_skip_ratio=("skipped", "{:.1%}"), columns=("columns", "{}"),
+    prefill_tokens_per_s=("prefill", "{:.1f}"), decode_tokens_per_s=("decode", "{:.2f}"), spread=("+-", "{:.1%}"),
+    ms_per_step=("ms/step", "{:.2f}"), gb_per_s=("GB/s", "{:.2f}"), share_of_read=("of read", "{:.1%}"),
+    speedup=("speed-up", "{:.3f}"), speedup_bound=("bound", "{:.3f}"), share_of_saving=("of saving", "{:.0%}"),
+    gflops_saved=("FLOPs saved", "{:.2f} G"),
+)  # fmt: skip
+FIELDS = "device threads dtype model batch prompt steps repeats compile read_gb_per_s peak_memory_bytes".split()
+FIELDS += ["readback_us", "versions", "command", *COLUMNS]
 
 
 def make_plan(n_layers, skip, tokens, batch=1, seed=0):
     """
-    plan[token][layer]: a list of bool, one a row: that feed-forward block is left out. The share `skip` of them all, as
-    near as whole blocks come, none in layer 0 and never two in a row: with k=1 the one before is measured.
+    plan[token][layer][row]: True where that row of the batch leaves that feed-forward block out. These are the share
+    `skip` of all blocks, as nearly as whole blocks allow. With k=1 the block before is measured, so that none is layer
+    0's and no two follow each other. Raises ValueError if the share is too large for that.
     """
-    order, blocks = random.Random(seed), 0
-    plan = [[[False] * batch for _ in range(n_layers)] for _ in range(tokens)]
+    order, blocks = random.Random(seed), 0  # blocks left out so far
+    plan = torch.zeros(tokens, n_layers, batch, dtype=torch.bool)
     for i in range(tokens * batch):
         n = round((i + 1) * skip * n_layers) - blocks  # the running total is right after every token
         if n > n_layers // 2:
             raise ValueError(f"--skip {skip}: of {n_layers} layers at most {n_layers // 2}, each after one that runs")
         blocks += n
-        for before, slot in enumerate(sorted(order.sample(range(n_layers - n), n))):
-            plan[i // batch][1 + slot + before][i % batch] = True
-    return plan
-
-
-class Fixed:
-    """Leaves out what the plan says, and looks at nothing."""
-
-    def __init__(self, plan):
-        self.plan = plan
-
-    def __call__(self, layers, x, step):
-        now = int(step.token_index[0, 0])
-        if now < 0:
-            return dense(layers, x, step)
-        for layer, skipped in zip(layers, self.plan[now]):
-            h = layer.attend(x, step)
-            rows = ~torch.tensor(skipped)[:, None] if any(skipped) else None  # (batch, 1)
-            x = h if all(skipped) else layer.feed(h, step, rows)
-        return x
+        # Draw n places, then widen each to two layers, of which the second is left out: no two of these are neighbours
+        for before, place in enumerate(sorted(order.sample(range(n_layers - n), n))):
+            plan[i // batch, 1 + place + before, i % batch] = True
+    return plan.tolist()
 
 
 class Planned(FFNSkip):
-    """Algorithm 1, all of it, but for the scores it compares: those make it skip what the plan says."""
+    """Algorithm 1, except that the plan, not the cosine, decides. `monitored`: cosines are computed and read back."""
 
-    def __init__(self, plan):
-        super().__init__(0, len(plan[0]), sim_threshold=0.0, warm_up_index=-1, k=1)
-        nothing = [[False] * len(plan[0][0])]  # comes after the last layer
-        self.scores = [[[1.0 if s else -1.0 for s in after] for after in token[1:] + nothing] for token in plan]
+    def __init__(self, plan, monitored):
+        n_layers, nothing = len(plan[0]), [False] * len(plan[0][0])
+        super().__init__(0, n_layers, sim_threshold=0.5, warm_up_index=-1, k=1)
+        self.monitored = monitored
+        self.scores = [token[1:] + [nothing] for token in plan]  # True, which is 1, before a block that is left out
 
-    def cosine(self, h, temp, layer, step, measured):
-        score = super().cosine(h, temp, layer, step, measured)
-        return score and self.scores[int(step.token_index[0, 0])][layer.layer_id]
+    def cosine(self, h, temp, layer, step, skip_state):
+        """One score per row, which reaches the threshold where the plan leaves the next block out."""
+        if self.monitored:
+            super().cosine(h, temp, layer, step, skip_state)
+        return self.scores[int(step.token_index[0, 0])][layer.layer_id]
 
 
-class Ours:
-    """One variant at work: `rewind`, then `forward` the prompt, then token by token."""
+class Variant:
+    """The model under one policy, with its own cache: call `rewind`, then `forward` with the prompt and each token."""
 
     def __init__(self, name, model, policy, batch, prompt_len, columns):
         self.name, self.model, self.policy, self.prompt_len = name, model, policy, prompt_len
@@ -114,7 +107,8 @@ class Ours:
         self.cache = KVCache(model.args, batch, columns, weight.dtype, weight.device)
 
     def rewind(self):
-        self.cache.length, self.trace = 0, Trace()
+        self.cache.rewind()
+        self.trace = Trace()
 
     def forward(self, tokens):
         """The last token's logits (batch, vocab) of tokens (batch, seq) on the host; the likeliest is found as well."""
@@ -124,155 +118,143 @@ class Ours:
         return logits
 
 
+def make_variants(model, options, columns):
+    """The variants that the command line asks for, dense first, with `columns` of cache each."""
+    n_layers, prompt = model.args.n_layers, options.prompt
+    policies = [("dense", None), ("monitor", FFNSkip(0, n_layers, float("inf"), warm_up_index=-1))]
+    for skip in options.skip:
+        if skip > 0:
+            plan = make_plan(n_layers, skip, columns - prompt, options.batch, options.seed)
+            policies += [("fixed", Planned(plan, monitored=False)), ("ffnskip", Planned(plan, monitored=True))]
+    wanted = ["dense", *options.variants]
+    return [Variant(name, model, policy, options.batch, prompt, columns) for name, policy in policies if name in wanted]
+
+
 def compile_blocks():
     """
-    torch.compile for what runs between the matrix products, each once for all layers: norms, rotary embedding, SwiGLU. Not
-    for attend and feed whole: with its layer's number as a constant each layer's would be compiled again, and with that
-    number as a variable Inductor of PyTorch 2.13 fills the cache with wrong keys.
+    torch.compile for SwiGLU, once for all layers. Whole blocks would be compiled anew for each layer's number, norms
+    are a class of PyTorch's own, and Inductor generates no code for the rotary embedding's complex numbers.
     """
-    for owner, name in (llama, "rotate"), (llama.RMSNorm, "forward"), (llama.FeedForward, "forward"):
-        setattr(owner, name, torch.compile(getattr(owner, name), dynamic=True))
+    FeedForward.forward = torch.compile(FeedForward.forward, dynamic=True)
 
 
-def random_model(args, dtype, device):
-    """A model whose activations stay of the size of 1, made where it runs."""
+def random_model(options, device):
+    """A model of LLaMA-2's shape whose activations stay of the size of 1, made where it runs; and its name."""
+    args = ModelArgs(**SIZES[options.shape])
+    args.n_layers = options.layers or args.n_layers
     with torch.device("meta"):
-        model = Transformer(args)
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        model = Transformer(args).to(getattr(torch, options.dtype or "bfloat16"))
+    model = model.to_empty(device=device).eval().requires_grad_(False)
     for weight in model.parameters():
-        weight.fill_(1) if weight.dim() == 1 else weight.uniform_(-1, 1).mul_((3 / weight.size(1)) ** 0.5)
-    return model
+        weight.fill_(1)  # norms
+        if weight.dim() > 1:
+            weight.uniform_(-1, 1).mul_((3 / weight.size(1)) ** 0.5)
+    return model, f"{options.shape} with {args.n_layers} layers, random"
 
 
-def reader(device):
-    """A function that sums (CUDA: copies) one large tensor, and returns bytes/s."""
-    big = torch.ones(2**13, 2**13, device=device)  # 256 MiB of float32
-    other = torch.empty_like(big) if device.type == "cuda" else None
-
-    def read():
-        begin = time.perf_counter()
-        out = big.sum() if other is None else other.copy_(big)[0, 0]
-        out.item()  # waits for the device
-        return big.nbytes * (1 if other is None else 2) / (time.perf_counter() - begin)
-
-    return read
-
-
-def bytes_needed(args, itemsize, batch, columns, ffn_run=1.0):
-    """Of one decoding step: the weights without the embedding's other rows, and `columns` of keys and values a row."""
-    attention = args.dim * args.head_dim * (2 * args.n_heads + 2 * args.n_kv_heads)
-    layer = attention + ffn_run * 3 * args.dim * args.hidden_dim + 2 * args.dim  # 2 norms
-    cache = batch * columns * 2 * args.n_kv_heads * args.head_dim
-    return itemsize * (args.n_layers * (layer + cache) + args.dim + args.vocab_size * args.dim)
+def bytes_needed(model, cache, columns, ffn_run=1.0):
+    """Bytes that one step reads: weights, the share ffn_run of the feed-forward blocks', and `columns` of the cache."""
+    weights = common.weight_bytes(model)
+    weights["feed_forward"] *= ffn_run
+    return sum(weights.values()) + columns * 2 * cache.k[..., 0, :].nbytes
 
 
 def flops_saved(args, skip):
     """
-    A token: two, a multiplication and an addition, for each weight of the feed-forward blocks left out. Table 4 has
-    these, cut after the first decimal, but for its 0.3B at 5 %, which would be 0.4B.
+    Per token: 2, a multiplication and an addition, for each weight of the feed-forward blocks that are left out. Table
+    4 has these numbers, cut after the first decimal, except for its 0.3B at 5 %, which would be 0.4B.
     """
     return 2 * 3 * args.dim * args.hidden_dim * args.n_layers * skip
 
 
-def read_back(device):
-    """Seconds to bring one number from the device to the host: what each monitored layer costs beside its kernels."""
-    x = torch.ones(1, device=device)
-    return statistics.median(timed(x.tolist) for _ in range(101))
-
-
-def versions(peers):
-    names = ["torch"] + [peer.package for peer in peers]
-    return f"python {platform.python_version()}, " + ", ".join(f"{name} {metadata.version(name)}" for name in names)
-
-
 def timed(function, *args):
+    """Seconds that function(*args) takes."""
     begin = time.perf_counter()
     function(*args)
     return time.perf_counter() - begin
 
 
-def measure(runners, peers, prompt, tokens, repeats, read):
-    """Seconds of prefill {runner: (repeats,)} and of decoding {runner: (repeats, tokens)}; bytes/s of plain reading."""
-    prefill, decode, bandwidth = {}, {}, []
-    for _ in range(repeats):
-        for group in [runners, *([peer] for peer in peers)]:
+def plain_read(big):
+    """Bytes/s at which the large tensor `big` is summed; on CUDA copied, which reads and writes it."""
+    begin = time.perf_counter()
+    out = big.clone() if big.is_cuda else big.sum()
+    out.view(-1)[0].item()  # waits for the device
+    return big.nbytes * (1 + big.is_cuda) / (time.perf_counter() - begin)
+
+
+def measure(variants, peers, prompt, tokens, repeats, big):
+    """
+    Time prompt, (batch, seq), and tokens, (batch, steps), one by one; variants take turns at every token, a peer runs
+    alone. Leaves seconds in their `prefill`, (repeats,), and `decode`, (repeats, steps); returns plain_read's median.
+    """
+    for runner in [*variants, *peers]:
+        runner.prefill, runner.decode = torch.empty(repeats), torch.empty(repeats, tokens.size(1))
+    bandwidth = []
+    for repeat in range(repeats):
+        for group in [variants, *([peer] for peer in peers)]:
             time.sleep(0.05)  # the threads of the one before spin for a while, waiting for work
             for runner in group:
                 runner.rewind()
-                prefill.setdefault(runner, []).append(timed(runner.forward, prompt))
-            for token in tokens.split(1, dim=1):
+                runner.prefill[repeat] = timed(runner.forward, prompt)
+            for i, token in enumerate(tokens.split(1, dim=1)):
                 for runner in group:
-                    decode.setdefault(runner, []).append(timed(runner.forward, token))
-                if group is runners:
-                    bandwidth.append(read())
-    decode = {runner: torch.tensor(times).view(repeats, -1) for runner, times in decode.items()}
-    return {r: torch.tensor(times) for r, times in prefill.items()}, decode, torch.tensor(bandwidth).median().item()
+                    runner.decode[repeat, i] = timed(runner.forward, token)
+                if group is variants:
+                    bandwidth.append(plain_read(big))
+    return torch.tensor(bandwidth).median().item()
 
 
-def row(runner, base, times, first, last, args, options, itemsize, bandwidth):
-    """What is said of a runner's decoding steps [first, last), in which its cache grew; `base` is dense."""
-    prefill, decode, _ = times
-    middle = {r: decode[r].quantile(0.5, dim=0)[first:last] for r in (runner, base)}  # (steps,)
-    seconds, dense_seconds = middle[runner].mean().item(), middle[base].mean().item()
-    by_repeat = decode[runner][:, first:last].mean(1)  # (repeats,)
-    low, high = by_repeat.quantile(0.25).item(), by_repeat.quantile(0.75).item()
-    batch, trace = options.batch, getattr(runner, "trace", None)
-    ran = trace.ran[:, :, options.prompt :] if trace else torch.ones(1, 1, last, dtype=torch.bool)
-    ran = ran[:, :, first:last]  # (layer, batch, step)
-    columns = options.prompt + (first + last + 1) / 2  # that the mean step attends to
-    needed = bytes_needed(args, itemsize, batch, columns, ran.any(1).double().mean().item())
-    bound = bytes_needed(args, itemsize, batch, columns) / needed
-    skipped = (~ran).sum().item() / ran.numel()
+def make_row(runner, base, bandwidth, start, end, options):
+    """The COLUMNS about the decoding steps in which runner's cache grew from start to end columns; `base` is dense."""
+    batch, prompt = options.batch, options.prompt
+    seconds = runner.decode[:, start - prompt : end - prompt].quantile(0.5, dim=0).mean().item()
+    base_seconds = base.decode[:, start - prompt : end - prompt].quantile(0.5, dim=0).mean().item()
+    by_repeat = runner.decode[:, start - prompt : end - prompt].mean(1)  # (repeats,)
+    spread = (by_repeat.quantile(0.75).item() - by_repeat.quantile(0.25).item()) / seconds
+    skipped, ffn_run = 0.0, 1.0
+    if isinstance(runner, Variant):
+        ran = runner.trace.ran[:, :, start:end]  # (layer, batch, step)
+        skipped = (~ran).double().mean().item()
+        ffn_run = ran.any(1).double().mean().item()  # the weights of a block are read if any row needs them
+    attended = (start + end + 1) / 2  # columns, by the mean step
+    needed = bytes_needed(base.model, base.cache, attended, ffn_run)
+    bound = bytes_needed(base.model, base.cache, attended) / needed
+    possible = base_seconds * (1 - 1 / bound)  # seconds that can be saved
     return dict(
-        variant=runner.name,
-        ffn_skip_ratio=skipped,
-        columns=options.prompt + last,
-        prefill_tokens_per_s=batch * options.prompt / prefill[runner].quantile(0.5).item(),
+        variant=runner.name, ffn_skip_ratio=skipped, columns=end,
+        prefill_tokens_per_s=batch * prompt / runner.prefill.quantile(0.5).item(),
         decode_tokens_per_s=batch / seconds,
-        spread=(high - low) / seconds if len(by_repeat) > 1 else None,
+        spread=spread if len(by_repeat) > 1 else None,
         ms_per_step=seconds * 1e3,
-        gb_per_s=needed / seconds / 1e9,
-        share_of_read=needed / seconds / bandwidth,
-        speedup=dense_seconds / seconds,
-        speedup_bound=bound,
-        share_of_saving=(dense_seconds - seconds) / (dense_seconds * (1 - 1 / bound)) if bound > 1 else None,
-        gflops_saved=flops_saved(args, skipped) / 1e9,
+        gb_per_s=needed / seconds / 1e9, share_of_read=needed / seconds / bandwidth,
+        speedup=base_seconds / seconds, speedup_bound=bound,
+        share_of_saving=(base_seconds - seconds) / possible if possible else None,
+        gflops_saved=flops_saved(base.model.args, skipped) / 1e9,
     )
 
 
-COLUMNS = dict(
-    variant=("variant", "{}"), ffn_skip_ratio=("skipped", "{:.1%}"), columns=("columns", "{}"),
-    prefill_tokens_per_s=("prefill", "{:.1f}"), decode_tokens_per_s=("decode", "{:.2f}"), spread=("+-", "{:.1%}"),
-    ms_per_step=("ms/step", "{:.2f}"), gb_per_s=("GB/s", "{:.2f}"), share_of_read=("of read", "{:.1%}"),
-    speedup=("speed-up", "{:.3f}"), speedup_bound=("bound", "{:.3f}"), share_of_saving=("of saving", "{:.0%}"),
-    gflops_saved=("FLOPs saved", "{:.2f} G"),
-)  # fmt: skip
-FIELDS = """device threads dtype model batch prompt steps repeats compile read_gb_per_s peak_memory_bytes readback_us
-versions command""".split() + list(COLUMNS)
-
-
-def table(rows):
-    """Lines for people."""
-    cells = [[heading for heading, _ in COLUMNS.values()]]
-    cells += [["-" if r[key] is None else form.format(r[key]) for key, (_, form) in COLUMNS.items()] for r in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in cells]
+def print_table(rows):
+    lines = [[heading for heading, _ in COLUMNS.values()]]
+    for row in rows:
+        lines.append(["-" if row[key] is None else form.format(row[key]) for key, (_, form) in COLUMNS.items()])
+    print(*common.table(lines), sep="\n")
 
 
 def check_out(path):
-    """Raise ValueError, before hours of measuring, if rows cannot be appended to the CSV."""
+    """Raises ValueError, before hours of measuring, if rows cannot be appended to the CSV."""
     if path.exists() and path.read_text().split("\n")[0].split(",") != FIELDS:
         raise ValueError(f"{path}: has other columns than this version of bench.py writes: move it away")
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def save(path, rows):
-    new = not path.exists()
+    """Appends rows, dicts with the keys FIELDS, to the CSV."""
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
+        if file.tell() == 0:
             writer.writeheader()
-        writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in r.items()} for r in rows)
+        for row in rows:
+            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
 
 
 def device_name(device):
@@ -283,31 +265,30 @@ def device_name(device):
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def names(text):
+    return [part for part in text.split(",") if part]
+
+
+def shares(text):
+    return [float(part) for part in names(text)]
+
+
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")  # one line
-
-    def listed(kind):
-        return lambda text: [kind(part) for part in text.split(",") if part]
-
+    parser, positive = common.Parser(__doc__), common.positive
+    common.add_model_arguments(parser)
     add = parser.add_argument
-    add("--ckpt", help="a checkpoint, as for generate.py; default: the demo model")
-    add("--shape", choices=llama.SIZES, help="instead: random weights of that size of LLaMA-2")
+    add("--shape", choices=SIZES, help="instead: random weights of that size of LLaMA-2; default --dtype bfloat16")
     add("--layers", type=positive, metavar="N", help="with --shape: so many layers, and the whole head")
-    add("--skip", type=listed(float), default=[0.05, 0.1, 0.2, 0.3, 0.5], metavar="R,R",
-        help="shares of FFN blocks to leave out, up to 0.5; 0 is dense (default 0.05,0.1,0.2,0.3,0.5)")  # fmt: skip
-    add("--variants", type=listed(str), default=VARIANTS, help=f"default {','.join(VARIANTS)}; dense always runs")
+    add("--skip", type=shares, default="0.05,0.1,0.2,0.3,0.5", help="shares of FFN blocks (default %(default)s)")
+    add("--variants", type=names, default=",".join(VARIANTS), help="default %(default)s; dense always runs")
     add("--peers", action="store_true", help="also transformers and llama.cpp (CPU, --batch 1), where installed")
     add("--prompt", type=positive, default=128, metavar="N", help="tokens of the prompt (default 128)")
     add("--tokens", type=positive, default=20, metavar="N", help="tokens to decode (default 20)")
     add("--repeats", type=positive, metavar="N", help="how often, prompt and all (default 5, with --context 1)")
-    add("--context", type=positive, metavar="N", help="decode to N columns of cache, a row for each doubling")
+    add("--context", type=positive, metavar="N", help="decode to N columns of cache, one row per doubling")
     add("--batch", type=positive, default=1, metavar="N", help="rows, which disagree about what to skip (default 1)")
-    add("--device", help="default: cuda or mps where there is one")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's; bfloat16 with --shape")
-    add("--compile", action="store_true", help="torch.compile for norms, rotary embedding and SwiGLU; slow to start")
-    add("--out", type=Path, default=HERE / "results" / "bench.csv", metavar="FILE",
-        help="CSV to append to (default experiments/results/bench.csv)")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile for SwiGLU, and nothing else; slow to start")
+    add("--out", type=Path, default=HERE / "results/bench.csv", help="CSV to append to (default results/bench.csv)")
     options = parser.parse_args(argv)
     for skip in options.skip:
         if not 0 <= skip <= 0.5:
@@ -324,77 +305,56 @@ def parse_args(argv):
     return options
 
 
-def make_runners(model, options, steps):
-    """Our variants. Those that skip share one plan for each ratio."""
-    n_layers, rest = model.args.n_layers, (options.batch, options.prompt, options.prompt + steps)
-    runners = [Ours("dense", model, None, *rest)]
-    if "monitor" in options.variants:
-        runners.append(Ours("monitor", model, FFNSkip(0, n_layers, float("inf"), warm_up_index=-1), *rest))
-    for skip in filter(None, options.skip):
-        plan = make_plan(n_layers, skip, steps, options.batch)
-        for name, policy in ("fixed", Fixed), ("ffnskip", Planned):
-            if name in options.variants:
-                runners.append(Ours(name, model, policy(plan), *rest))
-    return runners
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     options = parse_args(argv)
     check_out(options.out)
-    device = find_device(options.device)
+    torch.manual_seed(options.seed)
+    device = common.find_device(options.device)
     if options.shape:
-        layers = dict(n_layers=options.layers) if options.layers else {}
-        args = ModelArgs.named(options.shape, **layers)
-        name = f"{options.shape} with {args.n_layers} layers, random"
-        model = random_model(args, getattr(torch, options.dtype or "bfloat16"), device)
+        model, name = random_model(options, device)
     else:
-        ckpt = find_checkpoint(options.ckpt)
-        name, model = model_name(ckpt), load_weights.load_model(ckpt, device, options.dtype)
-    weight = model.tok_embeddings.weight
-    steps = options.context - options.prompt if options.context else options.tokens
-    repeats = options.repeats or (1 if options.context else 5)
-    runners = make_runners(model, options, steps)
+        ckpt = common.find_checkpoint(options.ckpt)
+        model, name = load_model(ckpt, device, options.dtype), common.model_name(ckpt)
+    ends = [options.context or options.prompt + options.tokens]  # columns of the cache with which rows of the table end
+    while options.context and ends[0] // 2 > options.prompt:
+        ends.insert(0, ends[0] // 2)
+    variants = make_variants(model, options, columns=ends[-1])
     if options.compile:
         compile_blocks()
-    random_ids = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.args.vocab_size, (options.batch, options.prompt + steps), generator=random_ids)
+    tokens = torch.randint(model.args.vocab_size, (options.batch, ends[-1]))
     prompt, tokens = tokens[:, : options.prompt], tokens[:, options.prompt :]
 
-    read = reader(device)
-    measure(runners, [], prompt, tokens[:, :5], 1, read)  # warm-up
-    memory = peak_memory(device)
+    big = torch.ones(2**13, 2**13, device=device)  # 256 MiB of float32
+    measure(variants, [], prompt, tokens[:, :5], 1, big)  # warm-up
+    memory, peers = peak_memory(device), []
     with tempfile.TemporaryDirectory() as folder:
-        peers = list(make_peers(model, options.batch, options.prompt + steps, folder)) if options.peers else []
-        runners[0].rewind()
-        logits = runners[0].forward(prompt).cpu()
-        for peer in peers:
-            peer.rewind()
-            if torch.cosine_similarity(peer.forward(prompt).cpu(), logits).min() < 0.99:
-                raise ValueError(f"{peer.name} computes something else with these weights: no comparison")
-        measure([], peers, prompt, tokens[:, :5], 1, read)
-        times = measure(runners, peers, prompt, tokens, repeats, read)
+        if options.peers:
+            peers = list(make_peers(variants[0], prompt, ends[-1], folder))
+            measure([], peers, prompt, tokens[:, :5], 1, big)
+        repeats = options.repeats or (1 if options.context else 5)
+        bandwidth = measure(variants, peers, prompt, tokens, repeats, big)
 
-    edges = [0, steps]
-    while options.context and edges[1] + options.prompt > 2 * options.prompt:  # halves, from the longest cache down
-        edges.insert(1, max((edges[1] + options.prompt) // 2 - options.prompt, 0))
-    rows = [
-        row(runner, runners[0], times, first, last, model.args, options, weight.element_size(), times[2])
-        for runner in [*runners, *peers] for first, last in zip(edges, edges[1:]) if first < last
-    ]  # fmt: skip
+    rows = []
+    for runner in [*variants, *peers]:
+        for start, end in zip([options.prompt, *ends], ends):
+            rows.append(make_row(runner, variants[0], bandwidth, start, end, options))
+    read_back = sorted(timed(big[0, :1].tolist) for _ in range(101))[50]  # what a layer's monitoring costs at least
+    dtype = model.tok_embeddings.weight.dtype
+    versions = [f"python {platform.python_version()}", f"torch {torch.__version__}", *(peer.version for peer in peers)]
     about = dict(
-        device=device_name(device), threads=torch.get_num_threads(), dtype=str(weight.dtype).removeprefix("torch."),
-        model=name, batch=options.batch, prompt=options.prompt, steps=steps, repeats=repeats, compile=options.compile,
-        read_gb_per_s=times[2] / 1e9, peak_memory_bytes=memory, readback_us=1e6 * read_back(device),
-        versions=versions(peers), command=shlex.join(["python", "experiments/bench.py", *argv]),
-    )  # fmt: skip
-    print(*table(rows), sep="\n")
+        device=device_name(device), threads=torch.get_num_threads(), dtype=str(dtype).removeprefix("torch."),
+        model=name, batch=options.batch, prompt=options.prompt, steps=tokens.size(1), repeats=repeats,
+        compile=options.compile, read_gb_per_s=bandwidth / 1e9, peak_memory_bytes=memory, readback_us=1e6 * read_back,
+        versions=", ".join(versions), command=shlex.join(["python", "experiments/bench.py", *argv]),
+    )
+    print_table(rows)
     print("{model}, {dtype}, batch {batch}, prompt {prompt}, {device}, {threads} threads".format(**about))
-    print("plain read {read_gb_per_s:.1f} GB/s; one read-back {readback_us:.1f} us; ".format(**about)
-          + ("peak memory unknown" if memory is None else f"peak memory {memory / 1e9:.2f} GB"))  # fmt: skip
-    save(options.out, [about | r for r in rows])
+    peak = "peak memory unknown" if memory is None else f"peak memory {memory / 1e9:.2f} GB"
+    print("plain read {read_gb_per_s:.1f} GB/s; one read-back {readback_us:.1f} us; ".format(**about) + peak)
+    save(options.out, [about | row for row in rows])
     print(json.dumps(about | dict(rows=rows)))
 
 
 if __name__ == "__main__":
-    load_weights.run_command(main)
+    common.run_command(main)

@@ -1,7 +1,6 @@
 """
-The same weights in transformers and in llama.cpp, for bench.py --peers. Neither is a requirement: each is imported only
-when it is used. Both have `rewind`, and `forward`, which gives the last token's logits (batch, vocab) of tokens
-(batch, seq), and finds the likeliest, as bench.py's own variants do.
+The same weights in transformers and in llama.cpp, each of which is imported only when bench.py --peers uses it. Both
+have `rewind` and `forward`, like bench.py's own variants.
 """
 
 import ctypes
@@ -15,48 +14,54 @@ import torch
 import load_weights
 
 
-def make_peers(model, batch, columns, folder):
-    """transformers and llama.cpp with our weights, those of them that are installed and can."""
-    cpu = model.tok_embeddings.weight.device.type == "cpu" and batch == 1
-    for make, packages, can in (Transformers, ["transformers"], True), (LlamaCpp, ["llama_cpp", "gguf"], cpu):
+def make_peers(variant, prompt, columns, folder):
+    """Those installed, with variant's weights. Raises ValueError if one has other logits after prompt, (batch, seq)."""
+    variant.rewind()
+    logits = variant.forward(prompt).cpu()
+    for make, packages in (Transformers, ["transformers"]), (LlamaCpp, ["llama_cpp", "gguf"]):
         missing = [package for package in packages if not importlib.util.find_spec(package)]
-        if missing or not can:
-            why = f"{missing[0]} is not installed" if missing else "it runs on the CPU with --batch 1 here"
-            print(f"[{make.name} is left out: {why}]", file=sys.stderr)
+        if missing:
+            print(f"[{make.name} is left out: {missing[0]} is not installed]", file=sys.stderr)
+        elif make is LlamaCpp and (len(prompt) > 1 or variant.cache.k.device.type != "cpu"):
+            print(f"[{make.name} is left out: it runs on the CPU with --batch 1 here]", file=sys.stderr)
         else:
-            yield make(model, columns, folder)
+            peer = make(variant.model, columns, folder)
+            peer.rewind()
+            if torch.cosine_similarity(peer.forward(prompt).cpu(), logits).min() < 0.99:
+                raise ValueError(f"{peer.name} computes something else with these weights: no comparison")
+            yield peer
 
 
 class Transformers:
     """The same weights in Hugging Face's LlamaForCausalLM, called without its generate(), which adds to the time."""
 
-    name, package = "transformers", "transformers"
+    name = "transformers"
 
     def __init__(self, model, columns, folder):
-        from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+        import transformers
 
-        args, self.make_cache = model.args, DynamicCache
-        config = LlamaConfig(
+        self.lib, self.version = transformers, f"transformers {transformers.__version__}"
+        args = model.args
+        config = transformers.LlamaConfig(
             hidden_size=args.dim, intermediate_size=args.hidden_dim, num_hidden_layers=args.n_layers,
             num_attention_heads=args.n_heads, num_key_value_heads=args.n_kv_heads, head_dim=args.head_dim,
             vocab_size=args.vocab_size, rms_norm_eps=args.norm_eps, max_position_embeddings=args.max_seq_len,
             tie_word_embeddings=args.tie_word_embeddings,
             rope_parameters=dict(rope_type="default", rope_theta=args.rope_theta),
         )  # fmt: skip
-        weights = {}
+        weights, theirs = {}, {ours: name for name, ours in load_weights.HUGGING_FACE.items()}
         for name, weight in model.state_dict().items():
             layer, name = re.fullmatch(r"(layers\.\d+\.)?(.*)", name).groups()
             heads = {"attention.wq.weight": args.n_heads, "attention.wk.weight": args.n_kv_heads}.get(name)
             if heads:  # back to Hugging Face's order of rows: see load_weights.interleave
                 weight = weight.view(heads, -1, 2, args.dim).transpose(1, 2).reshape(weight.shape)
-            name = next(theirs for theirs, ours in load_weights.HUGGING_FACE.items() if ours == name)
-            weights[f"model.{layer}{name}" if layer else name] = weight
-        self.model = LlamaForCausalLM(config).to(weight.dtype).eval()
+            weights[f"model.{layer}{theirs[name]}" if layer else theirs[name]] = weight
+        self.model = transformers.LlamaForCausalLM(config).to(weight.dtype).eval()
         self.model.load_state_dict(weights, strict=False, assign=True)
         self.model.tie_weights()
 
     def rewind(self):
-        self.cache = self.make_cache()
+        self.cache = self.lib.DynamicCache()
 
     @torch.no_grad()
     def forward(self, tokens):
@@ -69,12 +74,13 @@ class Transformers:
 class LlamaCpp:
     """The same weights in llama.cpp, through a GGUF file in their dtype."""
 
-    name, package = "llama.cpp", "llama_cpp_python"
+    name = "llama.cpp"
 
     def __init__(self, model, columns, folder):
         import llama_cpp
 
-        self.lib, self.vocab_size, path = llama_cpp, model.args.vocab_size, Path(folder, "model.gguf")
+        self.lib, self.version = llama_cpp, f"llama_cpp_python {llama_cpp.__version__}"
+        self.vocab_size, path = model.args.vocab_size, Path(folder, "model.gguf")
         write_gguf(model, path)
         self.quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: C holds no reference
         llama_cpp.llama_log_set(self.quiet, None)
@@ -105,31 +111,25 @@ def write_gguf(model, path):
     import gguf
 
     args, dtype = model.args, model.tok_embeddings.weight.dtype
-    kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    kind = gguf.GGMLQuantizationType[{torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]]
+    sizes = dict(
+        vocab_size=args.vocab_size, context_length=args.max_seq_len, embedding_length=args.dim,
+        block_count=args.n_layers, feed_forward_length=args.hidden_dim, head_count=args.n_heads,
+        head_count_kv=args.n_kv_heads, key_length=args.head_dim, value_length=args.head_dim,
+        rope_dimension_count=args.head_dim, rope_freq_base=args.rope_theta, layer_norm_rms_eps=args.norm_eps,
+    )
     out = gguf.GGUFWriter(path, "llama")
     out.add_tokenizer_model("none")
-    out.add_vocab_size(args.vocab_size)
-    out.add_context_length(args.max_seq_len)
-    out.add_embedding_length(args.dim)
-    out.add_block_count(args.n_layers)
-    out.add_feed_forward_length(args.hidden_dim)
-    out.add_head_count(args.n_heads)
-    out.add_head_count_kv(args.n_kv_heads)
-    out.add_key_length(args.head_dim)
-    out.add_value_length(args.head_dim)
-    out.add_rope_dimension_count(args.head_dim)
-    out.add_rope_freq_base(args.rope_theta)
-    out.add_layer_norm_rms_eps(args.norm_eps)
-    names = {ours: theirs for theirs, ours in load_weights.GGUF.items()}
+    for name, value in sizes.items():
+        getattr(out, f"add_{name}")(value)
+    theirs = {ours: name for name, ours in load_weights.GGUF.items()}
     for name, weight in model.state_dict().items():
         layer, name = re.fullmatch(r"(?:layers\.(\d+)\.)?(.*)\.weight", name).groups()
-        name = (f"blk.{layer}." if layer else "") + names[name] + ".weight"
-        weight = weight.cpu().contiguous()
+        name = (f"blk.{layer}." if layer else "") + theirs[name] + ".weight"
         if weight.dim() == 1:  # norms
-            out.add_tensor(name, weight.float().numpy())
+            out.add_tensor(name, weight.float().cpu().numpy())
         else:
-            data = weight.view(torch.uint8).numpy() if kind == "BF16" else weight.numpy()
-            out.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+            out.add_tensor(name, weight.cpu().contiguous().view(torch.uint8).numpy(), raw_dtype=kind)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()

@@ -1,0 +1,272 @@
+"""experiments/plot.py: what it prints, to the letter, what it draws, and what it says of files that it cannot use."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import plot
+import pytest
+from test_golden import GOLDEN
+
+ENV = os.environ | dict(OMP_NUM_THREADS="1")
+STORY = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "
+TRACE = '''\
+prompt,token_index,token_id,token,ffn_skipped,layer_0,layer_1,layer_2
+0,-1,5,a,0,run,run,run
+0,0,6,"b,""",1,run,0.9876,skip
+0,1,7,c,0,run,0.5,0.25
+1,2,8,d,0,run,run,run
+'''
+EVALUATED = """\
+# command: x
+policy,skip,match,ffn_skip_ratio,bytes_saved,kl
+dense,,ffn,0,0,0
+random,0.05,ffn,0.051,0.03,1.23456
+random,0.15,ffn,0.149,0.09,1000.4
+shortgpt,0.15,ffn,0.133,0.105,2
+shortgpt,0.15,ffn,0.167,0.132,4
+shortgpt,0.05,bytes,0.033,0.026,3
+"""
+BENCHED = """\
+device,threads,dtype,model,batch,compile,variant,columns,decode_tokens_per_s,ffn_skip_ratio,speedup,speedup_bound,\
+share_of_saving,versions
+CPU,2,bfloat16,Some-7B,1,False,dense,148,11.34,0,1,1,,torch 2
+CPU,2,bfloat16,Some-7B,1,False,ffnskip,148,13.66,0.3,1.2047,1.213,1.004,torch 2
+CPU,2,bfloat16,Some-7B,1,True,ffnskip,148,99,0.5,9,9,9,torch 2
+CPU,2,bfloat16,Some-7B,16,False,ffnskip,148,99,0.5,9,9,9,torch 2
+Other,2,bfloat16,Some-7B,1,False,dense,148,20,0,1,1,,torch 2
+CPU,2,bfloat16,other,1,False,dense,148,99,0,1,1,,torch 2
+CPU,2,bfloat16,other,1,False,ffnskip,148,99,0.2,0.9,1.1,-1.72,torch 2
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """One CSV of each kind, and some that are none."""
+    (tmp_path / "t.csv").write_text(TRACE)
+    (tmp_path / "x.csv").write_text(EVALUATED)
+    (tmp_path / "b.csv").write_text(BENCHED)
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "page.md").write_text("# A page\n\nwith a, b\nc\nd, e, f\n")
+    return tmp_path
+
+
+def printed(capsys, *argv):
+    plot.main([str(word) for word in argv])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_one_token_is_walked(folder, capsys):
+    """What generate.py --trace writes."""
+    assert printed(capsys, folder / "t.csv", "0") == [
+        "token_index 0, token 'b,\"': 1 of 3 FFN blocks skipped",
+        "    0  attention, feed_forward",
+        "    1  attention, feed_forward, cosine 0.9876",
+        "    2  attention",
+    ]
+    assert printed(capsys, folder / "t.csv", "-1")[0] == "token_index -1, token 'a': 0 of 3 FFN blocks skipped"
+    with pytest.raises(ValueError, match="no token with token_index 2 in it"):  # that is another prompt's
+        plot.main([str(folder / "t.csv"), "2"])
+
+
+def test_a_column_is_a_table_of_policies_by_wanted_ratios(folder, capsys):
+    assert printed(capsys, folder / "x.csv", "kl") == [
+        "| policy | 5% | 15% |",
+        "| --- | --- | --- |",
+        "| dense | 0 at 0.0% |  |",
+        "| random | 1.23 at 5.1% | 1000 at 14.9% |",
+        "| shortgpt | - | 2 at 13.3%; 4 at 16.7% |",
+    ]
+    assert printed(capsys, folder / "x.csv", "kl", "--bytes")[2:] == [
+        "| dense | 0 at 0.0% |  |",
+        "| random | 1.23 at 3.0% | 1000 at 9.0% |",
+        "| shortgpt | 3 at 2.6% | - |",
+    ]
+
+
+def test_speeds_are_a_table_of_the_models_of_that_name(folder, capsys):
+    assert printed(capsys, folder / "b.csv", "7b") == [
+        "Some-7B: bfloat16, 2 threads of CPU, 148 columns of cache, torch 2:",
+        "",
+        "| variant | skipped | tokens/s | speed-up | bound by bytes | of the saving |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| dense | 0% | 11.3 | 1.00 | 1.00 |  |",
+        "| ffnskip | 30% | 13.7 | 1.20 | 1.21 | 100% |",
+        "",
+        "Some-7B: bfloat16, 2 threads of Other, 148 columns of cache, torch 2:",
+        "",
+        "| variant | skipped | tokens/s | speed-up | bound by bytes | of the saving |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| dense | 0% | 20.0 | 1.00 | 1.00 |  |",
+    ]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["x.csv", "nosuch"], "x.csv: no column of numbers nosuch: choose from policy, skip"),
+    (["x.csv", "policy"], "x.csv: no column of numbers policy"),
+    (["empty.csv"], "empty.csv: no row in it"),
+    (["nosuch.csv"], "nosuch.csv: no such file"),
+    ([".", "kl"], "a folder: give the path of a CSV"),
+    (["page.md"], "not a CSV"),
+    (["t.csv", "abc"], "no token with token_index abc"),
+])  # fmt: skip
+def test_what_cannot_be_drawn_is_one_line(folder, argv, message):
+    done = subprocess.run([sys.executable, plot.__file__, *argv], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_pictures_need_matplotlib_and_tables_do_not(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # an import raises ImportError
+    with pytest.raises(ValueError, match="pictures.*pip install matplotlib"):
+        plot.main([str(folder / "t.csv")])
+    assert len(printed(capsys, folder / "x.csv", "kl")) == 5
+
+
+def write(path, rows):
+    """A CSV as evaluate.py writes it, whose rows are dicts."""
+    with open(path, "w", newline="") as file:
+        file.write("# command: x\n")
+        writer = csv.DictWriter(file, list(rows[0]), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def evaluated(task):
+    """Rows of evaluate.py for one task: the dense model, one policy that skips FFN blocks and one that skips layers."""
+    y = dict(perplexity_past_warm_up=30, kl=0, exact_match=10, answer_within=20, all=30, rouge_l=0.2, looping=0.5)
+    y |= dict(parts_from_dense=256, never=1, never_below_64=1, never_below_128="")
+    dense = dict(policy="dense", skip="", match="ffn", warm_up_index=25, ffn_skip_ratio=0, bytes_saved=0, setting="")
+    rows = [dense | y]
+    for policy, match in ("random", "ffn"), ("shortgpt", "ffn"), ("shortgpt", "bytes"):
+        for skip in 0.1, 0.2:
+            for warm_up_index in (5, 25) if task == "warmup" else (25,):
+                at = dict(policy=policy, skip=skip, match=match, warm_up_index=warm_up_index, ffn_skip_ratio=skip)
+                values = {column: (value or 0) * (1 + skip) for column, value in y.items()}
+                bytes_saved = skip / 2 if match == "bytes" else skip / 4
+                rows.append(dense | values | at | dict(bytes_saved=bytes_saved, kl=skip))
+    return rows
+
+
+def figure_of(monkeypatch, path):
+    """The figure that is drawn for a CSV."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+
+    def savefig(figure, *args, **kwargs):
+        figures.append(figure)
+        return save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    plot.main([str(path)])
+    (figure,) = figures
+    assert path.with_suffix(".png").stat().st_size > 5000
+    return figure
+
+
+def curves_of(axes):
+    """{label: its points}"""
+    return {line.get_label(): list(zip(*map(list, line.get_data()))) for line in axes.lines}
+
+
+def labels(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize("task, panels", [
+    ("perplexity", ["perplexity", "KL from dense, nats per token", "perplexity"]),
+    ("factoid", ["exact match", "a right answer within", "exact match"]),
+    ("mmlu", ["accuracy, all subjects"] * 2),
+    ("summarize", ["ROUGE-L"] * 2),
+    ("collapse", ["texts with a loop of 32 tokens", "first token that differs", "texts with a loop of 32 tokens"]),
+])  # fmt: skip
+def test_a_task_is_drawn_against_the_ratio_and_against_bytes(monkeypatch, tmp_path, task, panels):
+    write(tmp_path / f"{task}.csv", evaluated(task))
+    figure = figure_of(monkeypatch, tmp_path / f"{task}.csv")
+    assert [axes.get_ylabel() for axes in figure.axes] == panels and labels(figure) == ["random", "shortgpt", "dense"]
+    assert [axes.get_yscale() for axes in figure.axes] == ["log" if task == "perplexity" else "linear"] * len(panels)
+    first, last = curves_of(figure.axes[0]), curves_of(figure.axes[-1])
+    assert [x for x, _ in first["shortgpt"]] == [0.1, 0.2] and [x for x, _ in last["shortgpt"]] == [0.05, 0.1]
+    assert first["random"] != last["random"] and len(last["random"]) == 2  # one row for both comparisons
+    if task == "perplexity":
+        assert first["random"][0][1] == pytest.approx(33) and first["dense"][0][1] == 30
+        assert "dense" not in curves_of(figure.axes[1])  # its KL from itself is 0, which no logarithmic axis has
+
+
+def test_warm_up_is_drawn_by_policy_and_ratio(monkeypatch, tmp_path):
+    write(tmp_path / "warmup.csv", evaluated("warmup"))
+    figure = figure_of(monkeypatch, tmp_path / "warmup.csv")
+    assert labels(figure) == ["random 0.1", "random 0.2", "shortgpt 0.1", "shortgpt 0.2", "dense"]
+    assert [x for x, _ in curves_of(figure.axes[0])["random 0.1"]] == [5, 25]
+    alphas = [line.get_alpha() for line in figure.axes[0].lines if line.get_label().startswith("random")]
+    assert alphas[0] == 1 and alphas[1] < 1  # ratios of one policy have shades of its colour
+
+
+def test_worst_cases_are_drawn_by_position(monkeypatch, tmp_path):
+    rows = evaluated("worstcase")
+    rows[1] |= dict(skip="", setting="FFNSkip(sim_threshold=0.9")
+    write(tmp_path / "worstcase.csv", rows[:3])
+    figure = figure_of(monkeypatch, tmp_path / "worstcase.csv")
+    assert labels(figure) == ["random threshold 0.9", "random 0.2"]
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["below 64", "below 128"]
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert heights == pytest.approx([1.1, 0, 1.2, 0]) and len(heights) == 4  # where nothing is known there is no bar
+
+
+def test_speed_is_drawn_for_each_model_with_the_bound(monkeypatch, folder):
+    figure = figure_of(monkeypatch, folder / "b.csv")
+    assert [axes.get_title() for axes in figure.axes] == ["Some-7B, bfloat16, CPU", "other, bfloat16, CPU"]
+    curves = curves_of(figure.axes[0])
+    assert curves["ffnskip"] == [(0, 1), (0.3, 1.2047)] and curves["bound by bytes"] == [(0, 1), (0.3, 1.213)]
+
+
+def test_a_trace_is_drawn_with_its_cosines_and_what_was_skipped(monkeypatch, folder):
+    axes = figure_of(monkeypatch, folder / "t.csv").axes[0]
+    shades, cosines = (image.get_array() for image in axes.images)
+    assert shades.shape == (3, 2, 3)  # layers, generated tokens of the first prompt, colours
+    assert (shades[2, 0] == 0).all() and (shades[2, 1] > 0.9).all()
+    assert cosines[1].tolist() == [0.9876, 0.5] and cosines.mask[0].all() and cosines.mask[2].tolist() == [True, False]
+
+
+def test_a_folder_is_drawn_as_far_as_there_is_something_to_draw(folder, capsys):
+    pytest.importorskip("matplotlib")
+    write(folder / "mmlu.csv", evaluated("mmlu"))
+    write(folder / "perplexity_few.csv", evaluated("perplexity")[:2])  # two wanted ratios with dense's, so no curve
+    write(folder / "factoid.csv", evaluated("factoid")[:1])  # dense only
+    nothing = [row | dict(never=0) for row in evaluated("worstcase")]
+    write(folder / "worstcase.csv", nothing)  # every token skipped something
+    drawn = [Path(line).name for line in printed(capsys, folder)]
+    assert drawn == sorted(path.name for path in folder.glob("*.png")) == ["b.png", "mmlu.png", "t.png"]
+
+
+def test_without_a_path_all_results_and_the_cosines_of_config_are_drawn(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    results = tmp_path / "experiments" / "results"
+    results.mkdir(parents=True)
+    write(results / "mmlu.csv", evaluated("mmlu"))
+    shutil.copytree(plot.ROOT / "config", tmp_path / "config")
+    monkeypatch.setattr(plot, "ROOT", tmp_path)
+    assert printed(capsys) == [str(results / "curve.png"), str(results / "mmlu.png")]
+
+
+@pytest.mark.parametrize("task, flags", [
+    ("perplexity", ["--data", "text.raw", "--limit", "128", "--skip", "0.1,0.2"]),
+    ("warmup", ["--data", "text.raw", "--limit", "128", "--warm-up-index=-1,8"]),
+    ("worstcase", ["--data", "c4.jsonl", "--limit", "1", "--max-new-tokens", "80"]),
+])  # fmt: skip
+def test_what_evaluate_writes_is_drawn(tmp_path, task, flags):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "text.raw").write_text(STORY * 12)
+    (tmp_path / "c4.jsonl").write_text(json.dumps(dict(text=STORY)) + "\n")
+    command = [sys.executable, plot.ROOT / "experiments" / "evaluate.py", task, "--ckpt", GOLDEN / "hf-gqa"]
+    command += ["--device", "cpu", "--policies", "dense,random,shortgpt", "--window", "64", *flags]
+    done = subprocess.run([*command, "--output", f"{task}.csv"], capture_output=True, text=True, cwd=tmp_path, env=ENV)
+    assert done.returncode == 0, done.stderr
+    plot.main([str(tmp_path)])
+    assert (tmp_path / f"{task}.png").stat().st_size > 10000
