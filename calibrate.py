@@ -13,7 +13,6 @@ plans from recorded cosines alone (one row per token, one column per layer), wit
 """
 
 import functools
-import json
 import math
 import os
 import sys
@@ -309,8 +308,6 @@ def main(argv=None):
     policy, measured = found.pop(chosen)
     predicted, achieved = replay(cosines, policy), measured and measured["ffn_skip_ratio"]
     curve = cosines.mean(0).tolist()
-    if options.plot:
-        plot_curve(options.plot, curve, cold_s, cold_e, f"{name}, {corpus}")
     if options.save_cosines:
         with open(options.save_cosines, "w", newline="") as file:
             for row in cosines.tolist():
@@ -321,7 +318,9 @@ def main(argv=None):
     settings |= dict(over={other: result for other, (_, result) in found.items()})
     settings |= dict(corpus=corpus, tokens=len(cosines), seed=options.seed)
     settings |= dict(curve=[round(value, 4) for value in curve], note=note)
-    out.write_text(json.dumps(settings, indent=1) + "\n")
+    out.write_text(common.to_json(settings, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        plot_curve(options.plot, curve, cold_s, cold_e, f"{name}, {corpus}")
     print(f"chosen: {chosen}; predicted {predicted:.3f}; achieved {achieved or math.nan:.3f}; written to {out}")
 
 

@@ -7,6 +7,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -35,6 +36,9 @@ def first_line(error):
 
 def run_command(main):
     """Exit with main()'s status; a mistake of the user's is one line on standard error, without a traceback."""
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal or file that cannot show a character gets a ? for it
     try:
         sys.exit(main())
     except BrokenPipeError:  # whoever read our output has gone
@@ -52,15 +56,38 @@ def run_command(main):
     sys.exit(1)
 
 
+def read_utf8(path):
+    """The text of a file, without a byte-order mark. Raises ValueError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
 def read_json(file):
     """The JSON object in a file. Raises LoadError."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_utf8(file))
     except (OSError, ValueError) as error:
         raise LoadError(f"{file}: not a JSON file ({first_line(error)})") from None
     if not isinstance(value, dict):
         raise LoadError(f"{file}: expected a JSON object")
     return value
+
+
+def to_json(value, **style):
+    """JSON as its standard has it: an infinite number becomes the text "inf" or "-inf", and NaN null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(each) for each in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return None if math.isnan(value) else str(value)
+        return value
+
+    return json.dumps(plain(value), allow_nan=False, **style)
 
 
 def import_optional(package, what):
@@ -136,19 +163,46 @@ def demo_path():
 
 
 def find_checkpoint(ckpt):
-    """A path as given, a name under checkpoints/, or for None the demo model."""
+    """
+    A path as given, a name under checkpoints/, a name ORG/NAME in the local Hugging Face cache, or for None the demo
+    model. Raises ValueError.
+    """
     if ckpt is None:
         return demo_path()
-    for path in Path(ckpt).expanduser(), Path("checkpoints", ckpt), HERE / "checkpoints" / ckpt:
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    cached = hub / f"models--{ckpt.strip('/').replace('/', '--')}"
+    for path in Path(ckpt).expanduser(), Path("checkpoints", ckpt), HERE / "checkpoints" / ckpt, cached:
+        if (path / "snapshots").is_dir():
+            return find_snapshot(path)
         if path.exists():
             return path
-    raise ValueError(f"no checkpoint at {ckpt} or checkpoints/{ckpt}: give --ckpt the path of a folder or a file")
+    raise ValueError(f"no checkpoint at {ckpt} or checkpoints/{ckpt}, nor in the Hugging Face cache {hub}: "
+                     "give --ckpt the path of a folder or a file")
+
+
+def find_snapshot(folder):
+    """The snapshot of a model in the Hugging Face cache that refs/main names, else its only one. Raises ValueError."""
+    main = folder / "refs" / "main"
+    snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+    if main.exists() and folder / "snapshots" / main.read_text().strip() in snapshots:
+        return folder / "snapshots" / main.read_text().strip()
+    if len(snapshots) == 1:
+        return snapshots[0]
+    names = ", ".join(path.name for path in snapshots) or "none"
+    raise ValueError(f"{folder}: refs/main names no snapshot, so give --ckpt one of those in snapshots: {names}")
 
 
 def model_name(path):
     """The name that settings are kept under: Llama-2-7b-hf, llama-2-7b and Llama-2-7B.Q4_1.gguf are all llama-2-7b."""
-    path = Path(path).resolve()
-    name = path.name if path.is_dir() else path.stem if path.suffix == ".gguf" else path.parent.name
+    path = Path(path)
+    folder = (path if path.is_dir() else path.parent).resolve()  # not the file itself, which may be a link
+    if path.suffix == ".gguf":
+        name = path.stem
+    elif folder.parent.name == "snapshots":
+        name = folder.parent.parent.name.split("--")[-1]  # models--ORG--NAME
+    else:
+        name = folder.name
     return re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$|-hf$", "", name, flags=re.IGNORECASE).lower()
 
 
@@ -172,7 +226,18 @@ def load_settings(path, name, n_layers):
         raise ValueError(f"{path}: made for {settings['model']}, and this is {name}: calibrate.py makes settings, "
                          'or, if it is the same model, change "model" in the file')
     known = [field.name for field in fields(FFNSkip)] + ["ratios"]
-    return {key: settings[key] for key in known if key in settings}
+    settings = {key: settings[key] for key in known if key in settings}
+    threshold = settings.get("sim_threshold")
+    if isinstance(threshold, list):
+        settings["sim_threshold"] = [from_json(value) for value in threshold]
+    elif threshold is not None:
+        settings["sim_threshold"] = from_json(threshold)
+    return settings
+
+
+def from_json(value):
+    """A number that to_json has written."""
+    return float(value) if value in ("inf", "-inf") else value
 
 
 def find_settings(options, ckpt, n_layers):

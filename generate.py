@@ -6,11 +6,9 @@ Generate text with a LLaMA checkpoint, dense or with feed-forward skipping (FFN-
     python generate.py --chat --compare "Why is the sky blue?"     the same prompt dense and skipped, side by side
 """
 
-import json
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -24,15 +22,27 @@ QUESTION = "What are the most famous sights of Paris?"
 
 
 def sample(logits, temperature=0.0, top_p=1.0, generator=None):
-    """Token ids (batch,), on the host, drawn from fp32 logits (batch, vocab); temperature 0 takes the likeliest."""
+    """
+    Token ids (batch,), on the host, drawn from fp32 logits (batch, vocab); temperature 0 takes the likeliest. Raises
+    ValueError if the likeliest is not finite.
+    """
+    most, likeliest = logits.max(-1, keepdim=True)  # (batch, 1)
+    check_finite(most)
     if temperature == 0:
-        return logits.argmax(-1).cpu()
-    probs = torch.softmax(logits.cpu() / temperature, dim=-1)
+        return likeliest.squeeze(1).cpu()
+    probs = torch.softmax((logits - most).cpu() / max(temperature, 1e-30), dim=-1)  # near 0 it is greedy too
     if top_p < 1:
         probs, index = probs.sort(dim=-1, descending=True)
         probs[probs.cumsum(-1) - probs >= top_p] = 0  # the tokens before it hold top_p already (Holtzman et al. 2020)
         probs = torch.zeros_like(probs).scatter(-1, index, probs)
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
+def check_finite(values):
+    """Raise ValueError if a tensor that the model has computed holds an infinite number or NaN."""
+    if not values.isfinite().all():
+        raise ValueError("the model computes numbers that are not finite: try --dtype float32 or bfloat16; if that "
+                         "does not help, the weights are damaged")
 
 
 def generate(
@@ -46,7 +56,7 @@ def generate(
 
     policy      as in Transformer.forward; None: dense
     prompt_len  tokens of each prompt that count as prompt and run in full; None: all; 0: skip in the prompt as well
-    Raises ValueError for an empty prompt or one longer than the model's max_seq_len.
+    Raises ValueError for an empty prompt, one longer than the model's max_seq_len, or an id that the model has not.
     """
     tokens = tokens.tolist() if torch.is_tensor(tokens) else tokens
     single = not tokens or isinstance(tokens[0], int)
@@ -56,6 +66,7 @@ def generate(
         raise ValueError("the prompt is empty: there is nothing to continue")
     if longest > limit:
         raise ValueError(f"the prompt has {longest} tokens, more than the model's max_seq_len {limit}")
+    check_ids(model, *prompts)
     weight = model.tok_embeddings.weight
     max_seq_len = min(longest + max_new_tokens, limit)
     cache = KVCache(model.args, len(prompts), max_seq_len, weight.dtype, weight.device)
@@ -82,6 +93,14 @@ def generate(
         yield ids[0] if single else ids
         if all(ended):
             return
+
+
+def check_ids(model, *texts):
+    """Raise ValueError if one of the texts, lists of ids, has an id beyond the model's embedding."""
+    rows = model.args.vocab_size
+    for ids in texts:
+        if ids and max(ids) >= rows:
+            raise ValueError(f"token {max(ids)} of the tokenizer has no row in tok_embeddings ({rows} rows)")
 
 
 class TextStream:
@@ -228,22 +247,26 @@ def parse_args(argv):
 
 def read_prompts(options):
     """The prompts on the command line, in --prompts and, for "-", on standard input; [] if none was given."""
-    prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in options.prompt]
+    prompts = []
+    for number, prompt in enumerate(options.prompt, start=1):
+        try:
+            text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+            prompts.append(text.encode("utf-8", "surrogateescape").decode("utf-8"))
+        except UnicodeError:
+            raise ValueError(f"prompt {number}, {prompt!r}: not UTF-8 text") from None
     if options.prompts:
-        lines = [line for line in Path(options.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in common.read_utf8(options.prompts).split("\n") if line.strip()]
         if not lines:
             raise ValueError(f"{options.prompts}: no prompt in it: expected one per line")
         prompts += lines
-    if not all(prompt.strip() for prompt in prompts):
-        raise ValueError("the prompt is empty: there is nothing to continue")
     return prompts
 
 
 def choose_policy(options, ckpt, model):
     """The name, the policy and its settings that the command line asks for."""
     settings = common.find_settings(options, ckpt, model.args.n_layers)
-    name = options.policy or ("ffnskip" if settings else "dense")
-    if options.policy is None and not settings:
+    name = options.policy or ("ffnskip" if settings or options.skip is not None else "dense")
+    if options.policy is None and name == "dense":
         command = "python calibrate.py" + (f" --ckpt {options.ckpt}" if options.ckpt else "")
         name_of_model = common.model_name(ckpt)
         print(f"[no skip settings for {name_of_model}, so nothing is skipped: {command} makes them]", file=sys.stderr)
@@ -299,7 +322,7 @@ def main(argv=None):
         report = reports[-1] | dict(settings=used | dict(skip=settings))
         if options.compare:
             report |= dict(dense=reports[0], **extra)
-        print(json.dumps(report))
+        print(common.to_json(report))
     elif streams:
         print()
     else:

@@ -10,35 +10,38 @@ from pathlib import Path
 
 import torch
 
-from common import progress
-from generate import generate
+from common import progress, read_utf8
+from generate import check_finite, check_ids, generate
 from model import KVCache, dense
 from skip import FFNSkip, Trace
 
 
 def read_jsonl(path, *keys):
     """The records of a JSON Lines file, each with at least one of `keys`. Raises ValueError("FILE:LINE: ...")."""
-    records = []
-    for number, line in enumerate(read_utf8(path).splitlines(), start=1):
+    return [record for _, record in numbered_jsonl(path, *keys)]
+
+
+def numbered_jsonl(path, *keys):
+    """The same, as (line number, record). A record whose value is an empty text counts as an empty line."""
+    records, problem = [], "no record in it"
+    expected = f"expected an object with {' or '.join(map(repr, keys))}"
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except ValueError:
             raise ValueError(f"{path}:{number}: not a line of JSON") from None
-        if not isinstance(record, dict) or not any(record.get(key) for key in keys):
-            raise ValueError(f"{path}:{number}: expected an object with {' or '.join(map(repr, keys))}")
-        records.append(record)
+        values = [record[key] for key in keys if record.get(key) is not None] if isinstance(record, dict) else []
+        if not values:
+            raise ValueError(f"{path}:{number}: {expected}")
+        if any(values):
+            records.append((number, record))
+        else:
+            problem = expected
     if not records:
-        raise ValueError(f"{path}:1: no record in it")
+        raise ValueError(f"{path}:1: {problem}")
     return records
-
-
-def read_utf8(path):
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def read_text(files):
@@ -46,7 +49,7 @@ def read_text(files):
     parts = []
     for file in map(Path, files):
         if file.suffix in (".jsonl", ".json"):
-            parts += [record["text"] for record in read_jsonl(file, "text")]
+            parts += [str(record["text"]) for record in read_jsonl(file, "text")]
         else:
             parts.append(read_utf8(file))
     return "\n\n".join(parts)
@@ -55,7 +58,7 @@ def read_text(files):
 def read_cosines(file):
     """(tokens, n_layers) of a CSV file, one row per token and one column per layer, with or without a header."""
     rows = []
-    with open(file, newline="", encoding="utf-8") as lines:
+    with open(file, newline="", encoding="utf-8-sig") as lines:
         for number, cells in enumerate(csv.reader(lines), 1):
             values = [to_cosine(cell) for cell in cells]
             if number == 1 and all(value is None for value in values):
@@ -98,14 +101,21 @@ def written_windows(model, prompts, n_new, seed):
     return [(prompt + [step[row] for step in steps], len(prompt)) for row, prompt in enumerate(prompts)]
 
 
+def as_tokens(model, ids):
+    """A list of ids as (1, seq) on the model's device."""
+    check_ids(model, ids)
+    return torch.tensor([ids], device=model.tok_embeddings.weight.device)
+
+
 def measure(model, windows, warm_up_index):
     """(tokens, n_layers) fp32: cosine before and after each FFN block of the dense model, past the warm-up."""
     everything = FFNSkip(0, model.args.n_layers, math.inf, warm_up_index)  # measures every layer, skips none
     cosines = []
     for ids, prompt_len in progress(windows, "measuring"):
-        trace, tokens = Trace(), torch.tensor([ids], device=model.tok_embeddings.weight.device)
-        model(tokens, policy=everything, prompt_len=prompt_len, trace=trace, last_only=True)
+        trace = Trace()
+        model(as_tokens(model, ids), policy=everything, prompt_len=prompt_len, trace=trace, last_only=True)
         cosines.append(trace.cosine[:, 0, trace.token_index[0] > warm_up_index].T)
+        check_finite(cosines[-1])
     return torch.cat(cosines)
 
 
@@ -113,8 +123,8 @@ def skip_ratio(model, policy, windows):
     """The ffn_skip_ratio of the policy over windows (ids, prompt_len). ValueError if all end within its warm-up."""
     skipped, blocks = 0, 0
     for ids, prompt_len in windows:
-        trace, tokens = Trace(), torch.tensor([ids], device=model.tok_embeddings.weight.device)
-        model(tokens, policy=policy, prompt_len=prompt_len, trace=trace, last_only=True)
+        trace = Trace()
+        model(as_tokens(model, ids), policy=policy, prompt_len=prompt_len, trace=trace, last_only=True)
         counts = trace.counts(policy.warm_up_index)
         skipped, blocks = skipped + counts[0], blocks + counts[1]
     if not blocks:
@@ -131,7 +141,7 @@ def compare_with_dense(model, windows, policy, reference, decode=False, label="c
     """
     weight = model.tok_embeddings.weight
     for number, (ids, prompt_len) in enumerate(progress(windows, label)):
-        tokens = torch.tensor([ids], device=weight.device)  # (1, seq)
+        tokens = as_tokens(model, ids)
         if number not in reference:
             reference[number] = dense_state(model, tokens)
         dense_logits = model.logits(reference[number])[0]  # (seq, vocab)
@@ -163,7 +173,9 @@ def score(logits, dense_logits, tokens):
         nll = -log_p.gather(1, tokens[1:][rows, None])[:, 0]
         kl = (log_dense.exp() * (log_dense - log_p)).sum(-1)
         scores.append(torch.stack((nll, kl, (log_p.argmax(-1) == log_dense.argmax(-1)).float())))
-    return torch.cat(scores, dim=1)
+    scores = torch.cat(scores, dim=1)
+    check_finite(scores)
+    return scores
 
 
 def quality(model, windows, policy, reference):

@@ -2,8 +2,7 @@
 LLaMA-2 in one file, with an explicit key-value cache and one forward pass for every layer-skipping policy.
 Paper: https://arxiv.org/abs/2307.09288. Meta's code, whose names are kept: https://github.com/meta-llama/llama
 
-Shapes in comments are those of SmolLM2-135M decoding one token: batch 1, seq 1, dim 576, 9 heads and 3 key-value heads
-of 64, and 100 columns in the cache.
+Shapes in comments: SmolLM2-135M, one token: dim 576, 9 heads, 3 key-value heads of 64, and 100 columns in the cache.
 """
 
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ class ModelArgs:
     head_dim: int | None = None  # None: dim / n_heads
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    freq_factors: list[float] | None = None  # Llama-3.1 and later: head_dim / 2 divisors of the rotary frequencies
     max_seq_len: int = 4096
     tie_word_embeddings: bool = False  # the output head is the embedding matrix
 
@@ -66,6 +66,7 @@ SIZES = {
 def precompute_freqs_cis(positions, args, device):
     """(batch, seq, 1, head_dim / 2) complex64: e^(i angle) at positions (batch, seq), per pair of a head (RoFormer)."""
     freqs = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)  # (32,)
+    freqs = freqs / torch.tensor(args.freq_factors or 1.0)  # (32,)
     angles = positions[:, :, None, None] * freqs  # (1, 1, 1, 32)
     return torch.polar(torch.ones_like(angles), angles).to(device)
 
@@ -110,7 +111,7 @@ class KVCache:
         self.k[..., length : self.length, :] = 0
         self.v[..., length : self.length, :] = 0
         self.written[..., length:] = False
-        self.length, self.pad = length, self.pad * (length > 0)
+        self.length, self.pad = min(length, self.length), self.pad * (length > 0)
 
     def fork(self, batch_size, max_seq_len):
         """A new cache of batch_size rows, each of which continues row 0 of this one."""
@@ -166,8 +167,7 @@ class Attention(nn.Module):
         n_heads, n_kv_heads, head_dim = self.args.n_heads, self.args.n_kv_heads, self.args.head_dim
         k, v = self.write_kv(x, step, active)
         q = apply_rotary_emb(self.wq(x).view(batch, seq, n_heads, head_dim), step.freqs_cis)  # -> (1, 1, 9, 64)
-        # The query heads of a group, h // group, share their keys: they become more queries of one head, and no key is
-        # copied. (1, 1, 9, 64) -> (1, 9, 1, 64) -> (1, 3, 3 * 1, 64)
+        # The query heads of a group share keys: more queries of one head. -> (1, 9, 1, 64) -> (1, 3, 3 * 1, 64)
         q = q.transpose(1, 2).reshape(batch, n_kv_heads, -1, head_dim)
         out = scaled_dot_product_attention(q, k, v, step.mask, step.cache)
         out = out.reshape(batch, n_heads, seq, head_dim).transpose(1, 2)  # back: (1, 9, 1, 64) -> (1, 1, 9, 64)

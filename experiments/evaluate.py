@@ -135,6 +135,8 @@ def describe(policy):
     for key, value in sorted(vars(policy).items()):
         if key in ("seed", "warm_up_index") or not isinstance(value, (int, float, list, set, type(None))):
             continue
+        if isinstance(value, list) and value and max(value) - min(value) < 1e-9:
+            value = value[0]
         if isinstance(value, list):
             value = [round(each, 5) for each in value]
         elif isinstance(value, float):

@@ -7,13 +7,14 @@ import csv
 import json
 from pathlib import Path
 
-from measuring import read_jsonl, read_text, read_utf8
+from common import read_utf8
+from measuring import numbered_jsonl, read_jsonl, read_text
 
 
 def read_csv(path):
     """(line number, cells) of every row of a CSV file that is not empty."""
     csv.field_size_limit(2**30)
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         start = 1
         for cells in reader:
@@ -40,7 +41,7 @@ def load_questions(path, options=None):
 
 def question_lines(path):
     questions = []
-    for n, line in enumerate(read_utf8(path).splitlines(), start=1):
+    for n, line in enumerate(read_utf8(path).split("\n"), start=1):
         question, *answers = [part.strip() for part in line.split("|")]
         answers = [answer for answer in answers if answer]
         if line.strip() and not (question and answers):
@@ -99,7 +100,7 @@ def mmlu_questions(path):
 def load_stories(path, options=None):
     """[(story, reference summary)]: CSV with columns text or article and y or highlights, or JSONL."""
     if Path(path).suffix == ".jsonl":
-        rows = list(enumerate(read_jsonl(path, "docs", "article", "text"), start=1))
+        rows = numbered_jsonl(path, "docs", "article", "text")
     else:
         (_, header), *lines = [*read_csv(path)] or [(1, [])]
         rows = [(n, dict(zip(header, cells))) for n, cells in lines]
@@ -129,3 +130,12 @@ def first_of(record, *keys):
 def load_prompts(path, options=None):
     """Records with "turns", of MT-Bench, or "text", whose first tokens are the prompt."""
     return read_jsonl(path, "turns", "text")
+
+
+def load_turns(path, options=None):
+    """MT-Bench's questions, of one turn or more."""
+    records = numbered_jsonl(path, "turns")
+    for n, record in records:
+        if "question_id" not in record:
+            raise ValueError(f"{path}:{n}: expected an object with 'question_id'")
+    return [record for _, record in records]

@@ -30,9 +30,9 @@ class Table:
             self.append(f"{command}# versions: {versions()}\n")
         if not text:
             self.append(head)
-        lines = [line for line in text.splitlines(keepends=True) if not line.startswith("#")]
+        lines = [line for line in text.split("\n") if line and not line.startswith("#")]
         if lines:
-            reader = csv.DictReader(io.StringIO("".join(lines)))
+            reader = csv.DictReader(lines)
             self.rows, self.columns = list(reader), reader.fieldnames
 
     def append(self, text):

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from baselines import attended_missing, written_text
-from readers import load_mmlu, load_prompts, load_questions, load_stories, load_text
+from readers import load_mmlu, load_prompts, load_questions, load_stories, load_text, load_turns
 
-from common import first_difference, progress
-from generate import generate
+from common import first_difference, progress, to_json
+from generate import check_finite, generate, sample
 from measuring import compare_with_dense, cut
 from model import KVCache, dense
 from skip import Trace
@@ -193,7 +193,7 @@ def factoid(model, tokenizer, policy, questions, context):
     for group, tokens, cache in with_shared_prefix(model, policy, prompts, 16, context):
         trace, ids = Trace(), []
         for _ in range(16):
-            tokens = model(tokens, cache, policy, trace=trace, last_only=True)[:, -1].argmax(-1, keepdim=True)
+            tokens = sample(model(tokens, cache, policy, trace=trace, last_only=True)[:, -1])[:, None].to(tokens.device)
             ids.append(tokens)
             texts = [tokenizer.decode(row) for row in torch.cat(ids, dim=1).tolist()]
             if all("\n" in text.lstrip() for text in texts):
@@ -236,6 +236,7 @@ def mmlu(model, tokenizer, policy, subjects, context):
         for group, tokens, cache in with_shared_prefix(model, policy, prompts, 0, context, subject):
             trace = Trace()
             logits = model(tokens, cache, policy, trace=trace, last_only=True)[:, -1, letters]
+            check_finite(logits)
             for i, best in zip(group, logits.argmax(-1).tolist()):
                 right[subject, i] = "ABCD"[best] == questions[i][2]
             counts.append(count_blocks(trace.ran, trace.token_index, policy, context))
@@ -343,7 +344,7 @@ def read_answers(path):
 def add_answer(path, answers, answer):
     answers.append(answer)
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(answer) + "\n")
+        file.write(to_json(answer) + "\n")
 
 
 def mtbench(model, tokenizer, policy, records, context):
@@ -407,7 +408,7 @@ TASKS = {
     "warmup": (load_text, perplexity),
     "factoid": (load_questions, factoid),
     "mmlu": (load_mmlu, mmlu),
-    "mtbench": (load_prompts, mtbench),
+    "mtbench": (load_turns, mtbench),
     "summarize": (load_stories, summarize),
     "collapse": (load_prompts, collapse),
     "worstcase": (load_prompts, worstcase),

@@ -2,35 +2,23 @@
 
 import inspect
 import math
-import sys
-from pathlib import Path
 
+import baselines
 import pytest
 import torch
 import torch.nn.functional as F
+from baselines import POLICIES
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import chunkings, close, is_real, models, new_cache, poisoned_cache, run, texts, tiny_model
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-
-import baselines
-from tiny import chunkings, close, is_real, models, poisoned_cache, run, texts, tiny_model
-
-from model import KVCache, ModelArgs, Transformer
+from measuring import skip_ratio
+from model import ModelArgs, Transformer
 from skip import FFNSkip, Trace
 
-NAMES = [
-    "random",
-    "static",
-    "shortgpt",
-    "skipdecode",
-    "statecopy",
-    "statecopy_cosine",
-    "earlyexit",
-    "earlyexit_cosine",
-    "yours",
-]
-COMPLETE = ["random", "static", "statecopy", "statecopy_cosine", "yours"]
+EXITS = ["statecopy", "statecopy_cosine", "earlyexit", "earlyexit_cosine"]
+NAMES = ["random", "static", "shortgpt", "skipdecode", *EXITS, "checkerboard"]
+COMPLETE = ["random", "static", "statecopy", "statecopy_cosine", "checkerboard"]
 
 
 def text(model, batch=1, seq=40, seed=0):
@@ -39,15 +27,15 @@ def text(model, batch=1, seq=40, seed=0):
 
 def make(name, model, skip=0.3, warm_up_index=4, tokens=None, seed=0):
     """A policy of any name with a short warm-up, that skips something in models of few layers."""
-    measure = baselines.similarity if "cosine" in name else baselines.confidence
-    if name.startswith(("statecopy", "earlyexit")):  # without the factory's bisection, which has tests of its own
-        policy = baselines.exit_policy(name.startswith("statecopy"), measure, 0.8 if "cosine" in name else 0.1)
+    if name in EXITS:  # without the bisection, which has tests of its own, and tested after every layer
+        cosine = name.endswith("cosine")
+        measure, threshold = (baselines.similarity, 0.8) if cosine else (baselines.confidence, 0.1)
+        policy = baselines.EarlyExit(name.startswith("statecopy"), measure, threshold, warm_up_index)
         policy.every = 1
-    else:
-        tokens = text(model, 4, seed=9) if tokens is None else tokens
-        policy = getattr(baselines, name)(model, skip, tokens=tokens, seed=seed)
-    policy.warm_up_index, policy.target_len = warm_up_index, 20
-    return policy
+        return policy
+    tokens = text(model, 4, seed=9) if tokens is None else tokens
+    more = dict(target_len=20) if name == "skipdecode" else {}
+    return POLICIES[name](model, skip, warm_up_index, tokens, seed, **more)
 
 
 def ran(model, policy, tokens, **kwargs):
@@ -56,21 +44,22 @@ def ran(model, policy, tokens, **kwargs):
     return trace, logits
 
 
-def keep_cache(model, tokens):
-    return KVCache(model.args, len(tokens), model.args.max_seq_len, model.tok_embeddings.weight.dtype)
-
-
 # --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def test_the_names_are_those_in_the_table():
+    assert list(POLICIES) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_factory(name):
+    """README: a new policy is one function or small class, and so is each of these."""
     model = tiny_model(n_layers=8)
-    policy = getattr(baselines, name)(model, 0.25, tokens=text(model, 4, 60))
+    more = dict(target_len=60) if name == "skipdecode" else {}
+    policy = POLICIES[name](model, 0.25, tokens=text(model, 4, 60), **more)
     assert policy.warm_up_index == FFNSkip(0, 1, 1.0).warm_up_index == 25
-    policy.target_len = 60
-    assert len(inspect.getsource(getattr(baselines, name)).splitlines()) <= 30
-    assert len(inspect.getsource(baselines.exit_policy).splitlines()) <= 30
+    for part in type(policy), getattr(POLICIES[name], "func", POLICIES[name]):
+        assert len(inspect.getsource(part).splitlines()) <= 30
     trace, _ = ran(model, policy, text(model, 2, 60))
     assert trace.ran[:, trace.token_index <= 25].all()
     assert not trace.ran[:, trace.token_index > 25].all()
@@ -81,9 +70,9 @@ def test_ratio_on_calibration_text(name):
     model = tiny_model(n_layers=10)
     tokens = text(model, 8, 60)
     for skip in (0.1, 0.3):
-        policy = getattr(baselines, name)(model, skip, tokens=tokens)
-        policy.target_len = 60
-        got = baselines.ffn_skip_ratio(model, policy, tokens)
+        more = dict(target_len=60) if name == "skipdecode" else {}
+        policy = POLICIES[name](model, skip, tokens=tokens, **more)
+        got = skip_ratio(model, policy, [(ids, 0) for ids in tokens.tolist()])
         # exits after every fourth layer of ten leave gaps between the ratios that can be had
         assert abs(got - skip) <= (0.06 if name in ("random", "static") else 0.05 if "exit" in name else 0.02), name
 
@@ -91,40 +80,36 @@ def test_ratio_on_calibration_text(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_calibrates_on_the_models_own_text(name):
     model = tiny_model(n_layers=4)
-    policy = getattr(baselines, name)(model, 0.25)
-    again = getattr(baselines, name)(model, 0.25)
-    assert {k: v for k, v in vars(policy).items() if k != "measure"} == {
-        k: v for k, v in vars(again).items() if k != "measure"
-    }
+    assert vars(POLICIES[name](model, 0.25)) == vars(POLICIES[name](model, 0.25))
+
+
+@st.composite
+def cases(draw):
+    """A model, a text, chunks, one of its rows, a warm-up index and a seed."""
+    model = draw(models(n_layers=st.integers(5, 6)))
+    inputs = draw(texts(model))
+    batch, seq = inputs["tokens"].shape
+    row = draw(st.integers(0, batch - 1))
+    return model, inputs, draw(chunkings(seq)), row, draw(st.integers(-1, 3)), draw(st.integers(0, 9))
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(st.data())
-def test_batching_and_chunking_change_nothing(name, data):
-    model = data.draw(models(n_layers=st.integers(5, 6)))
-    inputs = data.draw(texts(model))
-    tokens, pad = inputs["tokens"], inputs["pad"]
-    policy = make(name, model, warm_up_index=data.draw(st.integers(-1, 3)), seed=data.draw(st.integers(0, 9)))
+@given(cases())
+def test_batching_and_chunking_change_nothing(name, case):
+    model, inputs, chunks, row, warm_up_index, seed = case
+    tokens, pad, prompt_len = inputs["tokens"], inputs["pad"], inputs["prompt_len"]
+    policy = make(name, model, warm_up_index=warm_up_index, seed=seed)
     whole, logits = ran(model, policy, **inputs)
-    real = is_real(tokens, pad)
-    trace = Trace()
-    parts = run(
-        model,
-        chunks=data.draw(chunkings(tokens.size(1))),
-        cache=keep_cache(model, tokens),
-        policy=policy,
-        trace=trace,
-        **inputs,
-    )
-    row = data.draw(st.integers(0, len(tokens) - 1))
+    real, trace = is_real(tokens, pad), Trace()
+    parts = run(model, chunks=chunks, cache=new_cache(model, len(tokens)), policy=policy, trace=trace, **inputs)
     start = 0 if pad is None else pad[row].item()
-    prompt_len = inputs["prompt_len"] if isinstance(inputs["prompt_len"], int) else inputs["prompt_len"][row].item()
-    alone, alone_logits = ran(model, policy, tokens[row : row + 1, start:], prompt_len=prompt_len)
+    own_prompt = prompt_len if isinstance(prompt_len, int) else prompt_len[row].item()
+    alone, alone_logits = ran(model, policy, tokens[row : row + 1, start:], prompt_len=own_prompt)
     if torch.equal(whole.ran, trace.ran):  # rounding may flip a decision that is taken by a threshold
         assert close(logits[real], parts[real], 1e-4)
     if torch.equal(whole.ran[:, row, start:], alone.ran[:, 0]):
         assert close(logits[row, start:], alone_logits[0], 1e-4)
-    if "statecopy" not in name and "earlyexit" not in name:
+    if name not in EXITS:
         assert torch.equal(whole.ran, trace.ran)
         assert torch.equal(whole.ran[:, row, start:], alone.ran[:, 0])
     assert not whole.ran[:, ~real].any()
@@ -148,26 +133,22 @@ def test_prompt_and_warm_up_are_dense(name):
 def test_what_is_skipped_does_not_run(name):
     model = tiny_model(n_layers=6)
     policy = make(name, model, warm_up_index=-1)
-    policy.target_len = 20
-    calls = {}
+    calls = {part: [0] * 6 for part in ("feed_forward", "attention", "attention.wk")}
     for layer_id, layer in enumerate(model.layers):
-        for part in ("feed_forward", "attention"):
-            count = lambda *_, key=(part, layer_id): calls.__setitem__(key, calls.get(key, 0) + 1)
+        for part in calls:
+
+            def count(module, inputs, out, part=part, layer_id=layer_id):
+                calls[part][layer_id] += 1
+
             layer.get_submodule(part).register_forward_hook(count)
-        layer.attention.wk.register_forward_hook(
-            lambda *_, key=("wk", layer_id): calls.__setitem__(key, calls.get(key, 0) + 1)
-        )
     trace = Trace()
     tokens = text(model, 1, 30)
-    run(model, tokens, chunks=[1] * 30, cache=keep_cache(model, tokens), policy=policy, trace=trace)
+    run(model, tokens, chunks=[1] * 30, cache=new_cache(model, len(tokens)), policy=policy, trace=trace)
     executed = trace.ran.sum((1, 2)).tolist()
-    assert [calls.get(("feed_forward", i), 0) for i in range(6)] == executed
-    assert sum(executed) < 6 * 30
-    attended = [calls.get(("attention", i), 0) for i in range(6)]
-    also_skips = getattr(getattr(baselines, name), "also_skips", ())
-    assert attended == (executed if also_skips else [30] * 6)
-    written = "attention" in also_skips
-    assert [calls.get(("wk", i), 0) for i in range(6)] == (executed if written else [30] * 6)
+    assert calls["feed_forward"] == executed and sum(executed) < 6 * 30
+    also_skips = getattr(POLICIES[name], "also_skips", ())
+    assert calls["attention"] == (executed if also_skips else [30] * 6)
+    assert calls["attention.wk"] == (executed if "attention" in also_skips else [30] * 6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -176,32 +157,32 @@ def test_what_it_leaves_in_the_cache(name, chunk):
     model = tiny_model(n_layers=6)
     policy = make(name, model, warm_up_index=3)
     tokens = text(model, 2, 30)
-    cache, trace = keep_cache(model, tokens), Trace()
+    cache, trace = new_cache(model, len(tokens)), Trace()
     run(model, tokens, chunks=chunk, cache=cache, policy=policy, trace=trace)
     assert cache.complete() == (name in COMPLETE)
-    holes = ~cache.written[:, :, :30]
+    missing = ~cache.written[:, :, :30]
     if name in COMPLETE:
-        assert not baselines.attended_holes(cache).any()
+        assert not baselines.attended_missing(cache).any()
     else:
-        assert torch.equal(holes, ~trace.ran)  # a layer that did not run for a token has nothing of it
-        assert cache.k[:, :, :, :30].transpose(2, 3)[holes].count_nonzero() == 0
-    ran, empty = trace.ran.tolist(), holes.tolist()
-    by_hand = [[[sum(empty[layer][row][:i]) if ran[layer][row][i] else 0 for i in range(30)] for row in range(2)]
-               for layer in range(6)]  # fmt: skip
-    assert baselines.attended_holes(cache).tolist() == by_hand
-    assert baselines.attended_holes(cache).any() == name.startswith("earlyexit")
+        assert torch.equal(missing, ~trace.ran)  # a layer that did not run for a token has nothing of it
+        assert cache.k[:, :, :, :30].transpose(2, 3)[missing].count_nonzero() == 0
+    by_hand = torch.zeros(6, 2, 30, dtype=torch.long)
+    for layer, row, token in trace.ran.nonzero().tolist():
+        by_hand[layer, row, token] = missing[layer, row, :token].sum()
+    assert torch.equal(baselines.attended_missing(cache)[:, :, :30], by_hand)
+    assert by_hand.any() == name.startswith("earlyexit")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_hole_that_is_read_shows(name):
-    """Token by token through a cache of NaN: only earlyexit ever meets one, where it first reads a hole."""
+def test_a_missing_entry_that_is_read_shows(name):
+    """Token by token through a cache of NaN: only earlyexit ever meets one, where it first reads a missing entry."""
     model = tiny_model(n_layers=6)
     policy = make(name, model, warm_up_index=3)
     tokens = text(model, 1, 30)
-    cache, clean = poisoned_cache(model, 1), keep_cache(model, tokens)
+    cache, clean = poisoned_cache(model, 1), new_cache(model, len(tokens))
     logits = run(model, tokens, chunks=1, cache=cache, policy=policy)
     run(model, tokens, chunks=1, cache=clean, policy=policy)
-    reads = baselines.attended_holes(clean).sum((0, 1)) > 0  # (columns,)
+    reads = baselines.attended_missing(clean).sum((0, 1)) > 0  # (columns,)
     first = reads.long().argmax().item() if reads.any() else 30
     assert torch.isfinite(logits[0, :first]).all()
     assert reads.any() == name.startswith("earlyexit")
@@ -235,16 +216,15 @@ def test_random_drops_any_layer():
 
 def test_static_drops_outside_the_cold_regions():
     model = tiny_model(n_layers=8)
-    policy = make("static", model, 0.3, -1)
-    trace, _ = ran(model, policy, text(model, 1, 64))
+    trace, _ = ran(model, make("static", model, 0.3, -1), text(model, 1, 64))
     assert trace.ran[[0, 7]].all()
     share = (~trace.ran).float().mean((1, 2))
     assert (share[1:7] > 0.2).all() and abs(share.mean() - 0.3) < 0.06
-    policy.cold_s, policy.cold_e = 2, 5
+    policy = baselines.StaticSkip(model, 0.3, -1, cold_s=2, cold_e=5)
     trace, _ = ran(model, policy, text(model, 1, 64))
     assert trace.ran[[0, 1, 5, 6, 7]].all() and abs((~trace.ran).float().mean() - 0.3) < 0.06
     with pytest.raises(ValueError, match="6 of 8 layers"):
-        baselines.static(model, 0.8)
+        baselines.StaticSkip(model, 0.8)
 
 
 def test_static_does_not_look_at_the_input():
@@ -258,7 +238,7 @@ def test_static_does_not_look_at_the_input():
 def test_block_influence_by_hand():
     model, tokens = tiny_model(n_layers=3), text(tiny_model(), 2, 9)
     states, x = [], model.tok_embeddings(tokens)
-    step = model.prepare(2, 9, keep_cache(model, tokens))
+    step = model.prepare(tokens, new_cache(model, len(tokens)), 0, None)
     for layer in model.layers:
         states.append(x)
         h = x + layer.attention(layer.attention_norm(x), step)
@@ -287,8 +267,7 @@ def test_shortgpt_is_the_model_without_its_least_influential_layers():
 
 def test_skipdecode_by_hand():
     model = tiny_model(n_layers=10)
-    policy = baselines.skipdecode(model, 0.3)
-    policy.warm_up_index, policy.target_len = 3, 23
+    policy = baselines.SkipDecode(model, 0.3, warm_up_index=3, target_len=23)
     trace, _ = ran(model, policy, text(model, 2, 40))
     for t in range(40):
         progress = min(max(t - 3, 0) / 20, 1)  # from the last token of the warm-up to target_len
@@ -299,27 +278,27 @@ def test_skipdecode_by_hand():
     assert all(later <= earlier for earlier, later in zip(sets, sets[1:]))
     assert (~trace.ran[:, :, 4:24]).float().mean() == pytest.approx(0.3, abs=0.02)
     with pytest.raises(ValueError, match="cannot skip 0.6"):
-        baselines.skipdecode(model, 0.6)
+        baselines.SkipDecode(model, 0.6)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "exit" in name or "copy" in name])
+@pytest.mark.parametrize("name", EXITS)
 def test_early_exit_by_hand(name):
     """Token by token and layer by layer, with a cache in plain lists."""
     model = tiny_model(n_layers=6)
     policy = make(name, model, warm_up_index=3)
     copy = name.startswith("statecopy")
     tokens = text(model, 1, 20)
-    cache, trace = keep_cache(model, tokens), Trace()
+    cache, trace = new_cache(model, len(tokens)), Trace()
     logits = run(model, tokens, chunks=1, cache=cache, policy=policy, trace=trace)
     exits = []
-    mine = keep_cache(model, tokens)
+    mine = new_cache(model, len(tokens))
     for t in range(20):
         x, exited = model.tok_embeddings(tokens[:, t : t + 1]), None
-        step = model.prepare(1, 1, mine)
+        step = model.prepare(tokens[:, t : t + 1], mine, 0, None)
         for layer in model.layers:
             if exited is not None:
                 if copy:
-                    layer.remember(exited, step)
+                    layer.write_kv(exited, step)
                 continue
             past, x = x, layer(x, step)
             if policy.measure is baselines.confidence:
@@ -341,18 +320,25 @@ def test_early_exit_by_hand(name):
     assert cache.complete() == copy
 
 
+@pytest.mark.parametrize("name", EXITS)
+def test_a_name_says_what_an_exit_copies_and_measures(name):
+    model = tiny_model(n_layers=8)
+    policy = POLICIES[name](model, 0.25, tokens=text(model, 4, 60))
+    assert policy.copy == name.startswith("statecopy")
+    assert policy.measure is (baselines.similarity if name.endswith("cosine") else baselines.confidence)
+
+
 def test_confidence_is_tested_after_every_fourth_layer():
     model = tiny_model(n_layers=10)
-    policy = baselines.exit_policy(True, baselines.confidence, -1.0)  # leaves wherever it may
-    policy.warm_up_index = -1
+    policy = baselines.EarlyExit(True, baselines.confidence, -1.0, -1)  # leaves wherever it may
     trace, _ = ran(model, policy, text(model))
     assert trace.ran[:4].all() and not trace.ran[4:].any()
-    assert baselines.exit_policy(True, baselines.similarity, 1.0).every == 1
+    assert baselines.EarlyExit(True, baselines.similarity, 1.0).every == 1
 
 
 def test_checkerboard():
     model = tiny_model(n_layers=10)
-    policy = make("yours", model, 0.3, -1)
+    policy = make("checkerboard", model, 0.3, -1)
     trace, _ = ran(model, policy, text(model))
     skipped = ~trace.ran[:, 0]  # (layer, token)
     watch = Trace()
@@ -363,40 +349,6 @@ def test_checkerboard():
     assert not (skipped[:, 1:] & skipped[:, :-1]).any()  # of two neighbouring tokens, one has the block
     chosen = skipped[skipped.any(1)]
     assert not (chosen[1:] & chosen[:-1]).any()
-
-
-def test_bring_to():
-    model, tokens, tried = tiny_model(n_layers=6), text(tiny_model(), 8), []
-
-    def at(value):
-        tried.append(value)
-        policy = baselines.random(model, 0.8 * (1 - value) ** 2)
-        policy.warm_up_index = -1
-        return policy
-
-    for skip in (0.05, 0.4, 0.7):
-        tried.clear()
-        policy = baselines.bring_to(at, 0, 1, skip, model, tokens, tolerance=0.02)
-        assert baselines.ffn_skip_ratio(model, policy, tokens) == pytest.approx(skip, abs=0.02)
-        assert len(tried) <= 10
-    nearest = baselines.bring_to(at, 0, 1, 0.95, model, tokens)  # out of reach
-    assert nearest.skip == pytest.approx(0.8, abs=0.01)
-
-
-def test_bring_to_gives_the_nearest_of_few():
-    model, tokens = tiny_model(n_layers=6), text(tiny_model(), 4)
-
-    def at(value):
-        policy = baselines.random(model, 0.5 if value < 0.3 else 0.0)
-        policy.warm_up_index = -1
-        return policy
-
-    for skip, near in (0.1, 0.0), (0.45, 0.5):
-        assert baselines.bring_to(at, 0, 1, skip, model, tokens).skip == near
-    policy = at(0)
-    policy.warm_up_index = 40
-    with pytest.raises(ValueError, match="past the warm-up of 41"):
-        baselines.ffn_skip_ratio(model, policy, tokens)
 
 
 def test_calibration_text_shapes():

@@ -4,29 +4,33 @@ import csv
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from test_golden import GOLDEN
-from tiny import tiny_model
+from tiny import Bytes, mistake, random_ids, status, tiny_model, walk
 
 import calibrate
-from calibrate import cold_regions, measure, plan, quality, read_cosines, read_text, replay, text_windows, verify
+import common
+from calibrate import candidates, cold_regions, gather_windows, plan, replay, skip_per_layer, verify
 from generate import main as generate_main
-from load_weights import load_tokenizer, run_command
-from skip import FFNSkip, Trace
+from measuring import measure, quality, read_cosines, skip_ratio, text_windows
+from skip import FFNSkip
 
-# Means over 279 generated tokens on C4 prompts, logged by the paper's first author: https://github.com/Ajay1994/layer-skip
+# --- cold regions -----------------------------------------------------------------------------------------------------
+
+# Means over 279 generated tokens on C4 prompts, logged by the paper's first author:
+# https://github.com/Ajay1994/layer-skip
 LLAMA_2_7B = [
     0.928, 0.890, 0.917, 0.893, 0.867, 0.881, 0.868, 0.868, 0.878, 0.885, 0.895, 0.904, 0.905, 0.901, 0.908, 0.911,
     0.919, 0.927, 0.935, 0.942, 0.953, 0.962, 0.965, 0.969, 0.974, 0.974, 0.977, 0.977, 0.974, 0.973, 0.953, 0.758,
 ]  # fmt: skip
 
 
-def test_the_cold_regions_of_llama_2_7b_are_where_figure_2_has_them():
+def test_the_cold_regions_that_the_rule_finds_in_llama_2_7b():
+    """A rule of this project's own: the red spans in the authors' Figure 2 are the layers [0, 10) and [29, 32)."""
     cold_s, cold_e = cold_regions(LLAMA_2_7B)
     assert 4 <= cold_s <= 7 and 28 <= cold_e <= 31
 
@@ -54,67 +58,12 @@ def test_any_curve_has_cold_regions(curve):
     assert 0 <= cold_s <= cold_e <= len(curve)
 
 
-def policies(n_layers):
-    threshold = st.floats(0.5, 1)
-    return st.builds(
-        FFNSkip, cold_s=st.integers(0, 2), cold_e=st.integers(3, n_layers),
-        sim_threshold=threshold | st.lists(threshold, min_size=n_layers, max_size=n_layers), warm_up_index=st.just(3),
-        k=st.sampled_from([None, 1, 2, 3]), recheck=st.booleans(),
-    )  # fmt: skip
-
-
-@given(st.data())
-def test_a_replay_is_algorithm_1_token_by_token(data):
-    """The predicted ratio is that of the pseudocode, written out here for one token's cosines."""
-    n_layers = data.draw(st.integers(4, 8))
-    rows = data.draw(st.lists(st.lists(st.floats(0.5, 1), min_size=n_layers, max_size=n_layers), min_size=1, max_size=6))
-    policy = data.draw(policies(n_layers))
-    limits = torch.tensor(policy.sim_threshold).expand(n_layers)
-    assume((torch.tensor(rows) - limits).abs().min() > 1e-6)  # no cosine so near that rounding decides
-    skipped = 0
-    for row in rows:
-        left, done = 0, False
-        for layer in range(policy.cold_s, policy.cold_e):
-            each = policy.sim_threshold
-            threshold = each[layer] if isinstance(each, list) else each
-            if left:
-                skipped, left = skipped + 1, left - 1
-                done = not left and not policy.recheck
-            elif not done and row[layer] >= threshold:
-                left = policy.k or n_layers
-    assert replay(torch.tensor(rows), policy) == pytest.approx(skipped / (len(rows) * n_layers))
-
-
-class Recorded:
-    """A layer for FFNSkip whose block turns h = (1, 0) by an angle of the recorded cosine, whatever was skipped before."""
-
-    def __init__(self, layer_id, cosine):
-        self.layer_id, self.temp = layer_id, torch.stack((cosine, (1 - cosine**2).sqrt()), dim=-1)[None]
-
-    def attend(self, x, step):
-        return torch.tensor([1.0, 0.0]).expand(self.temp.shape)  # (1, tokens, 2)
-
-    def feed(self, h, step, rows=None):
-        step.trace.record_ran(self.layer_id, rows)
-        return self.temp
-
-    def __call__(self, x, step):
-        return self.feed(self.attend(x, step), step)
-
-
-def walk(cosines, policy):
-    """The ffn_skip_ratio of the walk in skip.py itself over layers that show it the recorded cosines."""
-    layers = [Recorded(i, column) for i, column in enumerate(cosines.T.double())]
-    token_index = torch.full((1, len(cosines)), policy.warm_up_index + 1)
-    trace = Trace()
-    trace.begin(len(layers), token_index, real=torch.ones_like(token_index, dtype=torch.bool))
-    policy(layers, None, SimpleNamespace(token_index=token_index, trace=trace))
-    return trace.ffn_skip_ratio(policy.warm_up_index)
+# --- replay and plan --------------------------------------------------------------------------------------------------
 
 
 @st.composite
 def recordings(draw, max_layers=12):
-    """(tokens, n_layers) cosines, many of them equal, so that thresholds are met exactly; and some settings."""
+    """(tokens, n_layers) cosines, many of them equal; and some settings, with thresholds between them."""
     n_layers, n_tokens = draw(st.integers(1, max_layers)), draw(st.integers(1, 30))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     cosines = torch.randint(0, 9, (n_tokens, n_layers), generator=random) / 8  # 0, 1/8, ... 1
@@ -122,20 +71,28 @@ def recordings(draw, max_layers=12):
     threshold = st.integers(0, 9).map(lambda eighths: eighths / 8 - 1 / 16) | st.sampled_from([2.0, -2.0])
     each = st.lists(threshold, min_size=n_layers, max_size=n_layers)
     return cosines, FFNSkip(
-        cold_s, draw(st.integers(cold_s, n_layers)), draw(threshold | each), draw(st.sampled_from([-1, 25])),
-        k=draw(st.none() | st.integers(1, 4)), recheck=draw(st.booleans()),
-    )  # fmt: skip
+        cold_s,
+        draw(st.integers(cold_s, n_layers)),
+        sim_threshold=draw(threshold | each),
+        warm_up_index=draw(st.sampled_from([-1, 25])),
+        k=draw(st.none() | st.integers(1, 4)),
+        recheck=draw(st.booleans()),
+    )
 
 
 @given(recordings())
 def test_a_replay_is_the_walk_of_skip_py_to_the_last_bit(recorded):
     cosines, policy = recorded
-    assert replay(cosines, policy) == walk(cosines, policy)
+    trace = walk(policy, cosines.T, [policy.warm_up_index + 1] * len(cosines))
+    assert replay(cosines, policy) == trace.ffn_skip_ratio(policy.warm_up_index)
 
 
 def test_the_replay_of_cosines_drawn_by_hand():
     cosines = torch.tensor([[0.9, 0.5, 0.9, 0.5, 0.9, 0.9]])
-    skipped = lambda threshold, **how: round(6 * replay(cosines, FFNSkip(0, 6, threshold, **how)))
+
+    def skipped(threshold, **how):
+        return round(6 * replay(cosines, FFNSkip(0, 6, threshold, **how)))
+
     assert skipped(0.75) == 5  # as printed: from the layer after the first to the last
     assert skipped(0.75, k=1) == 3  # the second, the fourth and the last
     assert skipped(0.75, k=1, recheck=False) == 1
@@ -149,71 +106,173 @@ def test_the_replay_of_cosines_drawn_by_hand():
 def test_a_plan_skips_the_wanted_share_or_says_what_can_be_reached():
     cosines = torch.rand(300, 12, generator=torch.Generator().manual_seed(0)) * 0.4 + 0.6
     for k in None, 1, 2:
-        make = lambda threshold: FFNSkip(1, 11, threshold, k=k)
+
+        def make(threshold, k=k):
+            return FFNSkip(1, 11, threshold, k=k)
+
         policy, ratio = plan(cosines, make, 0.25)
         assert abs(ratio - 0.25) < 0.01 and replay(cosines, policy) == ratio
-    assert plan(cosines, make, 0.95)[0] is None and plan(cosines, make, 0.95)[1] < 0.95
+        nothing, most = plan(cosines, make, 0.95)
+        assert nothing is None and most == replay(cosines, make(-1.01)) < 0.95
 
 
-def test_cosines_are_measured_past_the_warm_up_and_generated_text_past_its_prompt():
-    model, ids = tiny_model(), torch.randint(31, (12,), generator=torch.Generator().manual_seed(1)).tolist()
-    trace = Trace()
-    model(torch.tensor([ids]), policy=FFNSkip(0, 4, math.inf, warm_up_index=2), trace=trace, prompt_len=5)
-    measured = measure(model, [(ids, 5)], warm_up_index=2)
-    assert torch.equal(measured, trace.cosine[:, 0, 8:].T) and measured.shape == (4, 4) and measured.isfinite().all()
-    assert measure(model, [(ids, 0)], warm_up_index=2).shape == (9, 4)
+# --- a threshold per layer --------------------------------------------------------------------------------------------
 
 
-def test_quality_against_itself_is_perfect_and_perplexity_is_that_of_the_tokens():
-    model, ids = tiny_model(), torch.randint(31, (20,), generator=torch.Generator().manual_seed(2)).tolist()
-    reference = [model(torch.tensor([ids]))[0].log_softmax(-1)]
-    found = quality(model, [(ids, 0)], FFNSkip(0, 4, math.inf, warm_up_index=4), reference)
-    assert (found["ffn_skip_ratio"], found["kl"], found["top1"]) == (0, 0, 1)
-    nll = -reference[0][torch.arange(19), torch.tensor(ids[1:])][5:].mean()  # predictions by tokens 5 to 18
-    assert found["perplexity"] == pytest.approx(nll.exp().item(), rel=1e-5)
-    worse = quality(model, [(ids, 0)], FFNSkip(0, 4, -1.5, warm_up_index=4), reference)
-    assert worse["kl"] > 0 and worse["ffn_skip_ratio"] == 3 / 4
+def noisy(n_tokens=400, n_layers=6, seed=0):
+    """(tokens, n_layers) cosines, each of which half follows the one before it: so regression has a direction."""
+    random = torch.Generator().manual_seed(seed)
+    columns = [0.9 + 0.03 * torch.randn(n_tokens, generator=random)]
+    for layer in range(1, n_layers):
+        noise = 0.03 * torch.randn(n_tokens, generator=random)
+        columns.append(0.9 + 0.005 * layer + (0.4 + 0.05 * layer) * (columns[-1] - columns[-1].mean()) + noise)
+    return torch.stack(columns, dim=1)
+
+
+def line(x, y):
+    """(slope, offset) of the straight line y = slope * x + offset by least squares, in float64."""
+    left = torch.stack((x, torch.ones_like(x)), dim=1).double()
+    return torch.linalg.lstsq(left, y.double()[:, None]).solution.flatten().tolist()
+
+
+@pytest.mark.parametrize("cold_s, cold_e", [(0, 6), (1, 5), (2, 4)])
+def test_the_threshold_of_a_layer_is_where_the_next_cosine_is_expected_to_be_the_one_given(cold_s, cold_e):
+    cosines, wanted = noisy(), 0.96
+    expected, backwards = [2.0] * 6, [2.0] * 6  # which no cosine reaches
+    for layer in range(cold_s, min(cold_e, 5)):  # after layer 5 there is none to skip
+        slope, offset = line(cosines[:, layer], cosines[:, layer + 1])
+        expected[layer] = (wanted - offset) / slope
+        slope, offset = line(cosines[:, layer + 1], cosines[:, layer])
+        backwards[layer] = slope * wanted + offset
+    policy = skip_per_layer(cosines, cold_s, cold_e, 7, wanted)
+    assert policy.sim_threshold == pytest.approx(expected, abs=1e-4)
+    assert (policy.cold_s, policy.cold_e, policy.warm_up_index, policy.k) == (cold_s, cold_e, 7, 1)
+    apart = [abs(a - b) for a, b in zip(expected, backwards)]
+    assert min(apart[cold_s : min(cold_e, 5)]) > 0.01  # else the test shows nothing
+
+
+def test_a_block_is_skipped_where_its_own_cosine_would_be_high():
+    """Where each cosine follows from the one before it, a threshold per layer is one threshold on what is skipped."""
+    first = torch.rand(50, generator=torch.Generator().manual_seed(1))
+    cosines = torch.stack((first, 0.3 + 0.6 * first), dim=1)
+    trace = walk(skip_per_layer(cosines, 0, 2, -1, 0.6), cosines.T, [0] * 50)
+    assert torch.equal(~trace.ran[1, 0], cosines[:, 1] >= 0.6) and trace.ran[0].all()
+
+
+def test_where_the_next_cosine_does_not_follow_a_threshold_stays_a_number():
+    first = torch.linspace(0.8, 0.9, 11)
+    for second in 1.7 - first, torch.full((11,), 0.85):  # falls as the first rises; always the same
+        cosines = torch.stack((first, second), dim=1)
+        above, below = (skip_per_layer(cosines, 0, 2, -1, t).sim_threshold[0] for t in (0.86, 0.84))
+        assert [above, below] == pytest.approx([0.85 + 0.01 / 0.05, 0.85 - 0.01 / 0.05], abs=1e-4)
+    still = torch.full((11, 2), 0.85)
+    assert skip_per_layer(still, 0, 2, -1, 1.0).sim_threshold == [2.0, 2.0]  # at most the one that none reaches
+
+
+def test_the_candidates():
+    found = {name: make(0.9) for name, make in candidates(noisy(), 1, 5, 7).items()}
+    assert found["as printed"] == FFNSkip(1, 5, 0.9, 7) and found["k=2"] == FFNSkip(1, 5, 0.9, 7, k=2)
+    assert found["k=1"] == FFNSkip(1, 5, 0.9, 7, k=1)
+    each = "k=1, a threshold per layer"
+    assert found[each] == skip_per_layer(noisy(), 1, 5, 7, 0.9)
+    assert found[f"{each}, cold_s 2"] == skip_per_layer(noisy(), 2, 5, 7, 0.9) and len(found) == 5
+    assert list(candidates(noisy(), 1, 2, 7)) == ["as printed", "k=1", "k=2"]
+
+
+# --- the closed loop --------------------------------------------------------------------------------------------------
 
 
 def test_the_loop_closes_on_the_target_where_the_replay_misses_it():
     model = tiny_model(n_layers=8, max_seq_len=256)
-    measured, held_out = [
-        [(torch.randint(31, (250,), generator=torch.Generator().manual_seed(seed)).tolist(), 0)] for seed in (1, 2)
-    ]
-    cosines = measure(model, measured, 5)
-    reference = [model(torch.tensor([ids]))[0].log_softmax(-1) for ids, _ in held_out]
+    measured, held_out = [(random_ids(250, seed=1), 0)], [(random_ids(250, seed=2), 0)]
+    cosines, reference = measure(model, measured, 5), {}
     wrong = cosines - 0.02  # a prediction that is off
-    make = lambda x: FFNSkip(0, 8, x, 5, k=1)
+
+    def make(threshold):
+        return FFNSkip(0, 8, threshold, 5, k=1)
+
     once = quality(model, held_out, plan(wrong, make, 0.25)[0], reference)["ffn_skip_ratio"]
-    policy, _, found = verify(model, held_out, reference, wrong, make, 0.25)
+    policy, found = verify(model, held_out, reference, wrong, make, 0.25)
     assert abs(found["ffn_skip_ratio"] - 0.25) <= 0.01 < abs(once - 0.25)
     assert found == quality(model, held_out, policy, reference)
     assert verify(model, held_out, reference, cosines, make, 0.9) is None
 
 
-@pytest.mark.parametrize("ratios, nearest", [
-    ([0.23, 0.207, 0.19, 0.212, 0.15, 0.25], 0.207), ([0.23, 0.199, 0.2], 0.199), ([0.23, 0.211] * 3, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ratios, nearest",
+    [([0.23, 0.207, 0.19, 0.212, 0.15, 0.25], 0.207), ([0.23, 0.199, 0.2], 0.199), ([0.23, 0.211] * 3, None)],
+)
 def test_the_try_nearest_the_target_is_kept(ratios, nearest, monkeypatch):
     tries = iter(ratios)
     monkeypatch.setattr(calibrate, "quality", lambda *_: dict(ffn_skip_ratio=next(tries)))
     cosines = torch.rand(300, 12, generator=torch.Generator().manual_seed(0))
-    result = verify(None, None, None, cosines, lambda x: FFNSkip(1, 11, x), 0.2)
-    assert (result and result[2]["ffn_skip_ratio"]) == nearest
+    result = verify(None, None, None, cosines, lambda threshold: FFNSkip(1, 11, threshold), 0.2)
+    assert (result and result[1]["ffn_skip_ratio"]) == nearest
 
 
-def test_text_is_read_from_plain_files_and_json_lines(tmp_path):
-    (tmp_path / "a.raw").write_text("= A =\n\nText\n", encoding="utf-8")
-    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n', encoding="utf-8")
-    assert read_text([tmp_path / "a.raw", tmp_path / "b.jsonl"]) == "= A =\n\nText\n\n\none\n\ntwo"
-    windows = text_windows(load_tokenizer(GOLDEN / "hf-gqa"), "word " * 900, 1100)
-    assert [len(ids) for ids, _ in windows] == [512, 512, 1100 - 2 * 511 + 1] and all(ids[0] == 1 for ids, _ in windows)
+# --- windows, of which some are held out ------------------------------------------------------------------------------
+
+NUMBERS = " ".join(map(str, range(3000)))  # no two windows of it are alike
 
 
-def run(*args):
-    with pytest.raises(SystemExit) as end:
-        run_command(lambda: calibrate.main(list(map(str, args))))
-    return end.value.code
+@pytest.mark.parametrize("flags", [[], ["--generated", "--samples", "7"], None])
+def test_windows_held_out_are_not_among_those_measured(flags, tmp_path):
+    """Of a text, of what is generated after its beginnings, and of what the model writes by itself."""
+    model = tiny_model(vocab_size=128, max_seq_len=64)
+    (tmp_path / "text.txt").write_text(NUMBERS)
+    text = ["--samples", "7"] if flags is None else ["--text", str(tmp_path / "text.txt"), *flags]
+    options = calibrate.parse_args([*text, "--max-tokens", "1000", "--warm-up-index", "5"])
+    windows, held_out, corpus = gather_windows(model, Bytes(), options)
+    assert len(windows) > 3 and len(held_out) == (len(windows) + len(held_out)) // 3
+    assert not [window for window in held_out if window in windows]
+    assert all(len(ids) - prompt_len >= 6 + 8 for ids, prompt_len in windows + held_out)
+    assert corpus.startswith("the model's own text" if flags is None else "text.txt")
+    if flags == []:
+        assert windows + held_out == text_windows(Bytes(), NUMBERS, 1000, size=64)  # in the order of the text, and all
+
+
+@pytest.fixture(params=[2, 5], ids=["one threshold", "a threshold per layer"])
+def calibrated(request, tmp_path, monkeypatch):
+    """What main() does with an eight-layer model: its settings file, the model, and the windows it worked on."""
+    model, worked_on = tiny_model(request.param, n_layers=8, vocab_size=128, max_seq_len=256), {}
+    monkeypatch.setattr(common, "find_checkpoint", lambda ckpt: tmp_path / "tiny.gguf")
+    monkeypatch.setattr(calibrate, "load_model", lambda *_: model)
+    monkeypatch.setattr(calibrate, "load_tokenizer", lambda *_: Bytes())
+    for name in "measure", "quality", "skip_ratio":
+
+        def keep(model, *args, name=name, real=getattr(calibrate, name), **kwargs):
+            worked_on.setdefault(name, []).append(kwargs["windows"] if kwargs else args[name == "skip_ratio"])
+            return real(model, *args, **kwargs)
+
+        monkeypatch.setattr(calibrate, name, keep)
+    (tmp_path / "text.txt").write_text(NUMBERS)
+    args = ["--text", tmp_path / "text.txt", "--max-tokens", 2300, "--warm-up-index", 5, "--skip", 0.2]
+    assert status(calibrate.main, *args) == 0
+    return tmp_path / "tiny.skip.json", model, worked_on
+
+
+def test_the_ratios_in_the_settings_are_what_the_shifts_skip_of_the_text_held_out(calibrated):
+    """generate.py --skip plans by them: they rise as the thresholds fall, and a ratio between two of them is had."""
+    file, model, worked_on = calibrated
+    (measured,), held_out = worked_on["measure"], worked_on["skip_ratio"][0]
+    assert all(windows == held_out for windows in worked_on["quality"] + worked_on["skip_ratio"])
+    assert not [window for window in held_out if window in measured]
+    settings = json.loads(file.read_text())
+    assert abs(settings["achieved_skip"] - 0.2) <= 0.01
+    loaded = common.load_settings(file, "tiny", 8)
+    policy = FFNSkip(**{key: value for key, value in loaded.items() if key != "ratios"})
+    shifts, ratios = zip(*settings["ratios"])
+    assert ratios[0] <= 0.03 and ratios[-1] >= 0.35 and len(ratios) > 6
+    assert isinstance(policy.sim_threshold, list) == ("per layer" in settings["chosen"])
+    assert list(shifts) == sorted(shifts, reverse=True) and list(ratios) == sorted(ratios)
+    for shift, ratio in settings["ratios"]:
+        assert skip_ratio(model, policy.shifted(shift), held_out) == pytest.approx(ratio, abs=5.1e-5)  # four digits
+    for low, high in zip(ratios, ratios[1:]):
+        planned = common.find_policy("ffnskip", model, loaded, (low + high) / 2)
+        assert low - 0.005 <= skip_ratio(model, planned, held_out) <= high + 0.005
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -226,76 +285,94 @@ def checkpoint(tmp_path):
 
 def test_what_calibrate_writes_is_what_generate_runs(checkpoint, capsys):
     """The command line from text to skip.json beside the checkpoint, twice the same, and on to generate.py."""
-    args = ["--ckpt", checkpoint, "--text", checkpoint.parent / "text.txt", "--target-skip", "0.1", "--warm-up-index", "5"]
-    assert not run(*args), capsys.readouterr().err
+    text = checkpoint.parent / "text.txt"
+    args = ["--ckpt", checkpoint, "--text", text, "--target-skip", "0.1", "--warm-up-index", "5"]
+    assert not status(calibrate.main, *args), capsys.readouterr().err
     first = json.loads((checkpoint / "skip.json").read_text())
     assert abs(first["achieved_skip"] - 0.1) <= 0.01 and first["model"] == "small" and first["n_layers"] == 2
-    assert first["quality"]["kl"] <= min(other["kl"] for other in first["over"].values()) if first["over"] else True
+    assert all(first["quality"]["kl"] <= other["kl"] for other in first["over"].values())
     assert "cold regions" in capsys.readouterr().out
-    assert not run(*args) and json.loads((checkpoint / "skip.json").read_text()) == first
-    generate_main(["--ckpt", str(checkpoint), "--json", "--max-new-tokens", "20", "The capital"])
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    args[args.index("--target-skip")] = "--skip"
+    assert not status(calibrate.main, *args) and json.loads((checkpoint / "skip.json").read_text()) == first
+    capsys.readouterr()
+    generate = ["--ckpt", str(checkpoint), "--json", "--max-new-tokens", "20", "The capital"]
+    generate_main(generate)
+    report = json.loads(capsys.readouterr().out)
     assert report["policy"] == "ffnskip" and report["settings"]["skip"]["sim_threshold"] == first["sim_threshold"]
+    generate_main([*generate, "--skip", str(first["ratios"][-1][1])])
+    skip = json.loads(capsys.readouterr().out)["settings"]["skip"]
+    moved = FFNSkip(**report["settings"]["skip"]).shifted(first["ratios"][-1][0])
+    assert skip["sim_threshold"] == pytest.approx(moved.sim_threshold)
 
 
 def test_the_model_can_write_its_own_text_and_cosines_are_saved(checkpoint, tmp_path):
     saved = tmp_path / "cosines.csv"
-    args = ["--ckpt", checkpoint, "--target-skip", "0.1", "--warm-up-index", "5", "--save-cosines", saved, "--seed", "3"]
-    run(*args, "--out", tmp_path / "own.json")
+    args = ["--ckpt", checkpoint, "--skip", 0.1, "--warm-up-index", 5, "--save-cosines", saved, "--seed", 3]
+    status(calibrate.main, *args, "--out", tmp_path / "own.json")
     rows = list(csv.reader(saved.open()))
     assert len(rows) > 50 and {len(row) for row in rows} == {2}
     first = saved.read_text()
-    run(*args, "--out", tmp_path / "own.json")
+    status(calibrate.main, *args, "--out", tmp_path / "own.json")
     assert saved.read_text() == first  # the same seed
-    run(*args, "--seed", "4", "--out", tmp_path / "own.json")
+    status(calibrate.main, *args, "--seed", 4, "--out", tmp_path / "own.json")
     assert saved.read_text() != first
 
 
-def test_recorded_cosines_are_planned_without_a_model(tmp_path, capsys):
+def test_recorded_cosines_are_planned_without_a_model(tmp_path):
     random = torch.Generator().manual_seed(0)
     rows = (torch.tensor(LLAMA_2_7B) + 0.02 * torch.randn(200, 32, generator=random)).clamp(max=1)
     (tmp_path / "c.csv").write_text("\n".join(",".join(f"{c:.3f}" for c in row) for row in rows.tolist()))
-    assert not run("--cosines", tmp_path / "c.csv", "--target-skip", "0.25", "--out", tmp_path / "llama.json")
+    args = ["--cosines", tmp_path / "c.csv", "--target-skip", "0.25", "--out", tmp_path / "llama.json"]
+    assert not status(calibrate.main, *args)
     written = json.loads((tmp_path / "llama.json").read_text())
-    assert abs(written["predicted_skip"] - 0.25) < 0.01 and written["achieved_skip"] is None and "not verified" in written["note"]
-    assert read_cosines(tmp_path / "c.csv").shape == (200, 32)
+    assert abs(written["predicted_skip"] - 0.25) < 0.01 and written["achieved_skip"] is None
+    assert "not verified" in written["note"]
+    cosines = read_cosines(tmp_path / "c.csv")
+    assert cosines.shape == (200, 32)
+    policy = FFNSkip(**{key: written[key] for key in ("cold_s", "cold_e", "sim_threshold", "warm_up_index", "k")})
+    for shift, ratio in written["ratios"]:  # planned, for there is nothing to try them on
+        assert replay(cosines, policy.shifted(shift)) == pytest.approx(ratio, abs=5.1e-5)
 
 
-def test_mistakes_are_one_line_and_write_nothing(tmp_path, capsys):
-    folder = tmp_path
-    (folder / "empty.txt").write_text("")
-    (folder / "bad.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
-    (folder / "ragged.csv").write_text("0.9,0.9\n0.9\n")
-    (folder / "words.csv").write_text("0.9,0.9\n0.9,high\n")
-    (folder / "good.csv").write_text("0.9,0.8\n0.9,0.7\n")
-    (folder / "first.csv").write_text("0.9,high\n0.9,0.8\n")
-    (folder / "wide.csv").write_text("0.9,0.8,0.7\n")
-    (folder / "latin.txt").write_bytes("na\u00efve".encode("latin-1"))
-    text = str(GOLDEN / "text.txt")
-    small, out = str(GOLDEN / "hf-gqa"), ["--out", str(folder / "out.json")]
-    for args, message in [
-        (["--ckpt", "nosuch", *out], "no checkpoint at nosuch"),
-        (["--ckpt", small, "--text", str(folder / "empty.txt"), *out], "too little text"),
-        (["--ckpt", small, "--text", str(folder / "bad.jsonl"), *out], "bad.jsonl, line 2"),
-        (["--ckpt", small, "--text", str(folder / "nosuch.txt"), *out], "nosuch.txt"),
-        (["--cosines", str(folder / "ragged.csv"), *out], "ragged.csv, line 2: 1 columns, and the rows before have 2"),
-        (["--cosines", str(folder / "words.csv"), *out], "words.csv, line 2: not a row of cosines"),
-        (["--cosines", str(folder / "first.csv"), *out], "first.csv, line 1: not a row of cosines"),
-        (["--cosines", str(folder / "wide.csv"), "--ckpt", small, *out], "wide.csv: 3 columns, and hf-gqa has 2 layers"),
-        (["--cosines", str(folder / "good.csv"), "--target-skip", "0.9", *out], "0.9 cannot be reached"),
-        (["--ckpt", small, "--text", text, "--target-skip", "0.9", *out], "0.9 cannot be reached"),
-        (["--ckpt", small, "--text", str(folder / "latin.txt"), *out], "latin.txt: not UTF-8 text"),
-        (["--ckpt", small, "--text", text, "--out", str(folder)], "cannot be written: it is a folder"),
-        (["--ckpt", small, "--text", text, "--out", str(folder / "no" / "out.json")], "cannot be written: there is no such folder"),
-        (["--cosines", str(folder / "good.csv"), "--ckpt", str(GOLDEN / "hf-gqa"), "--target-skip", "0.9"], "cannot be reached"),
-        (["--cosines", str(folder / "good.csv")], "--cosines needs --out"),
-        (["--target-skip", "2", *out], "--target-skip 2.0"),
-    ]:
-        before = sorted(folder.iterdir())
-        code = run("--warm-up-index", 5, "--save-cosines", folder / "saved.csv", *args)
-        errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]
-        assert code and len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], (args, errors)
-        assert sorted(folder.iterdir()) == before
+SMALL = ["--ckpt", str(GOLDEN / "hf-gqa"), "--text", "OUR/text.txt"]
+WRONG = [  # OUR/: the folder of the test; --out OUR/out.json unless it is given
+    (["--ckpt", "nosuch"], "no checkpoint at nosuch"),
+    ([*SMALL, "--text", "OUR/empty.txt"], "too little text"),
+    ([*SMALL, "--text", "OUR/empty.txt", "--generated"], "too little text"),
+    ([*SMALL, "--text", "OUR/bad.jsonl"], "bad.jsonl:2: expected"),
+    ([*SMALL, "--text", "OUR/nosuch.txt"], "nosuch.txt"),
+    ([*SMALL, "--text", "OUR/latin.txt"], "latin.txt: not UTF-8 text"),
+    ([*SMALL, "--target-skip", "0.9"], "0.9 cannot be reached"),
+    ([*SMALL, "--out", "OUR"], "cannot be written: it is a folder"),
+    ([*SMALL, "--out", "OUR/no/out.json"], "cannot be written: there is no such folder"),
+    (["--cosines", "OUR/ragged.csv"], "ragged.csv:2: 1 columns, and the rows before have 2"),
+    (["--cosines", "OUR/words.csv"], "words.csv:2: not a row of cosines"),
+    (["--cosines", "OUR/first.csv"], "first.csv:1: not a row of cosines"),
+    (["--cosines", "OUR/wide.csv", *SMALL[:2]], "wide.csv: 3 columns, and hf-gqa has 2 layers"),
+    (["--cosines", "OUR/good.csv", "--target-skip", "0.9"], "0.9 cannot be reached"),
+    (["--cosines", "OUR/good.csv", *SMALL[:2], "--target-skip", "0.9", "--out="], "cannot be reached"),
+    (["--cosines", "OUR/good.csv", "--out="], "--cosines needs --out"),
+    (["--target-skip", "2"], "--skip 2.0"),
+    (["--warm-up-index", "-2"], "--warm-up-index -2 is below -1"),
+]
+
+
+@pytest.mark.parametrize("args, message", WRONG)
+def test_a_mistake_is_one_line_and_writes_nothing(args, message, tmp_path, capsys):
+    shutil.copy(GOLDEN / "text.txt", tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
+    (tmp_path / "ragged.csv").write_text("0.9,0.9\n0.9\n")
+    (tmp_path / "words.csv").write_text("0.9,0.9\n0.9,high\n")
+    (tmp_path / "good.csv").write_text("0.9,0.8\n0.9,0.7\n")
+    (tmp_path / "first.csv").write_text("0.9,high\n0.9,0.8\n")
+    (tmp_path / "wide.csv").write_text("0.9,0.8,0.7\n")
+    (tmp_path / "latin.txt").write_bytes("na\u00efve".encode("latin-1"))
+    before = sorted(tmp_path.iterdir())
+    args = [arg.replace("OUR", str(tmp_path)) for arg in args]
+    more = ["--warm-up-index", 5, "--out", tmp_path / "out.json", "--save-cosines", tmp_path / "saved.csv"]
+    assert message in mistake(capsys, calibrate.main, *more, *args)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_curve_is_drawn(tmp_path):

@@ -1,42 +1,21 @@
-"""generate.py as a library: the loop, the sampling, the stream of text, the settings. tests/test_cli.py runs it as a user does."""
+"""generate.py as a library: the loop, the sampling, the stream of text. tests/test_cli.py runs it as a user does."""
 
-import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import models, tiny_model
+from tiny import Bytes, Words, models, tiny_model
 
-import generate as gen
-from generate import TextStream, find_policy, find_settings, generate, load_settings, model_name, sample, speedup_bound
-from model import ModelArgs, Transformer, dense
+from generate import TextStream, generate, sample, speedup_bound
+from model import ModelArgs, Transformer
 from skip import FFNSkip, Trace
 
 
-class Bytes:
-    """A tokenizer whose ids are bytes, so that a character is up to four tokens; 0 is a control token without text."""
-
-    eos_ids = {0}
-
-    def decode(self, ids):
-        return bytes(i for i in ids if i).decode("utf-8", errors="replace")
-
-
-class Words:
-    """Like sentencepiece: a word's token carries the space before it, and decoding drops the first space."""
-
-    def decode(self, ids):
-        return "".join(f" {chr(i)}" for i in ids)[1:]
-
-
-@given(st.data())
+@given(models(), st.lists(st.integers(0, 30), min_size=1, max_size=6))
 @settings(max_examples=10)
-def test_greedy_text_is_the_argmax_of_an_uncached_pass_over_all_before_it(data):
-    model = data.draw(models())
-    ids = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=6))
+def test_greedy_text_is_the_argmax_of_an_uncached_pass_over_all_before_it(model, ids):
     for token in generate(model, ids, max_new_tokens=8):
         assert token == model(torch.tensor([ids]))[0, -1].argmax()
         ids = ids + [token]
@@ -79,7 +58,9 @@ def test_generation_ends_after_end_of_text_after_max_new_tokens_and_with_the_con
     assert len(list(generate(model, [1] * 64, 20))) == 1
 
 
-@pytest.mark.parametrize("prompt, message", [([], "empty"), ([[1], []], "empty"), ([1] * 65, "65 tokens.*max_seq_len 64")])
+@pytest.mark.parametrize(
+    "prompt, message", [([], "empty"), ([[1], []], "empty"), ([1] * 65, "65 tokens.*max_seq_len 64")]
+)
 def test_a_prompt_that_cannot_be_continued_is_an_error(prompt, message):
     with pytest.raises(ValueError, match=message):
         next(generate(tiny_model(), prompt, 5))
@@ -104,7 +85,10 @@ def test_top_p_draws_only_from_the_smallest_set_that_holds_p(logits, top_p, seed
 
 def test_sampling_follows_the_probabilities_and_the_seed():
     logits = torch.tensor([[0.0, math.log(3.0)]]).expand(4000, 2)
-    draw = lambda seed: sample(logits, 1.0, 1.0, torch.Generator().manual_seed(seed))
+
+    def draw(seed):
+        return sample(logits, 1.0, 1.0, torch.Generator().manual_seed(seed))
+
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
     assert draw(0).float().mean().item() == pytest.approx(0.75, abs=0.03)
     assert sample(logits, 0.0)[0] == 1 and sample(logits, 1e-3, 1.0, torch.Generator())[0] == 1
@@ -132,74 +116,3 @@ def test_the_bound_on_the_speed_up_is_that_of_llama_2_7b():
     with torch.device("meta"):
         model = Transformer(ModelArgs())
     assert [round(speedup_bound(model, saved), 2) for saved in (0, 0.2, 0.3, 0.5)] == [1, 1.15, 1.24, 1.49]
-
-
-def test_a_checkpoint_is_known_by_its_name_without_format_and_quantisation(tmp_path):
-    folder = tmp_path / "Llama-2-7b-hf"
-    folder.mkdir()
-    assert model_name(folder) == "llama-2-7b"
-    for name in "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct-BF16.gguf", "SmolLM2-135M-Instruct.gguf":
-        assert model_name(tmp_path / name) == "smollm2-135m-instruct"
-
-
-def options(**flags):
-    return SimpleNamespace(**dict.fromkeys(FFNSkip.__dataclass_fields__) | dict(skip_config=None) | flags)
-
-
-SETTINGS = dict(model="tiny", n_layers=4, cold_s=1, cold_e=3, sim_threshold=0.9, k=2, curve=[1, 2], note="...")
-
-
-def test_settings_come_from_the_folder_of_the_checkpoint_and_flags_override_them(tmp_path):
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    assert find_settings(options(), folder, 4) == {}
-    (folder / "skip.json").write_text(json.dumps(SETTINGS))
-    assert find_settings(options(), folder, 4) == dict(cold_s=1, cold_e=3, sim_threshold=0.9, k=2)
-    found = find_settings(options(cold_e=4, k=0, recheck=False), folder, 4)
-    assert found == dict(cold_s=1, cold_e=4, sim_threshold=0.9, k=None, recheck=False)
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps(SETTINGS | dict(cold_s=2)))
-    assert find_settings(options(skip_config=str(other)), folder, 4)["cold_s"] == 2
-    (tmp_path / "tiny.skip.json").write_text(json.dumps(SETTINGS | dict(cold_s=0)))
-    assert find_settings(options(), tmp_path / "tiny.gguf", 4)["cold_s"] == 0
-
-
-@pytest.mark.parametrize("text, message", [
-    ("", "not a file of skip settings"),
-    ("[1]", "not a file of skip settings"),
-    (json.dumps(SETTINGS | dict(n_layers=32)), "a model of 32 layers, and tiny has 4"),
-    (json.dumps(SETTINGS | dict(model="llama-2-7b")), "made for llama-2-7b, and this is tiny"),
-])  # fmt: skip
-def test_settings_that_do_not_fit_the_model_are_an_error_that_names_the_file(tmp_path, text, message):
-    path = tmp_path / "skip.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=f"skip.json.*{message}"):
-        load_settings(path, "tiny", 4)
-
-
-def test_a_policy_is_found_by_name_or_in_a_file(tmp_path):
-    model, file = tiny_model(), tmp_path / "mine.py"
-    file.write_text("from model import dense\ndef make(model, skip, tokens=None, seed=0):\n    return (skip, seed, dense)\n")
-    assert find_policy("dense", model) is dense
-    assert find_policy("ffnskip", model, dict(cold_s=1, cold_e=3, sim_threshold=0.9)) == FFNSkip(1, 3, 0.9)
-    assert find_policy(f"{file}:make", model, skip=0.25, seed=7) == (0.25, 7, dense)
-    for name, message in [
-        ("nosuch", "no policy nosuch"),
-        (f"{file}:nosuch", "no policy"),
-        ("no.py:make", "no policy file no.py"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            find_policy(name, model, skip=0.25)
-    with pytest.raises(ValueError, match="needs --skip"):
-        find_policy(f"{file}:make", model)
-    with pytest.raises(ValueError, match="calibrate.py"):
-        find_policy("ffnskip", model, {})
-    with pytest.raises(ValueError, match="cold_e 9 lies above"):
-        find_policy("ffnskip", model, dict(cold_s=1, cold_e=9, sim_threshold=0.9))
-
-
-def test_the_shipped_settings_fit_the_models_they_name():
-    for path in sorted((gen.HERE / "config").glob("*.json")):
-        raw = json.loads(path.read_text())
-        assert raw["model"] == path.stem
-        FFNSkip(**load_settings(path, path.stem, raw["n_layers"])).check(raw["n_layers"])

@@ -1,9 +1,21 @@
-"""Algorithm 1: the claims of the paper and of the README that skip.py stands for, each in the docstring of its test."""
+"""
+Start here: Algorithm 1, the smallest tests first.
+
+The first ones draw what is skipped, one character per layer, counted by hand; then the paper's printed lines are laid
+beside skip.py. After that come whole models, random but for their size: against the paper's lines in plain Python, and
+against the claims of the paper and the README, each in the docstring of its test.
+
+Read on in test_model.py (the dense model below it), test_cache.py (what it remembers), test_generate.py (the loop
+around it), test_measuring.py and test_calibrate.py (where the settings come from), and test_baselines.py (what it is
+compared with). tiny.py has what they share.
+"""
 
 import copy
 import dataclasses
+import inspect
+import io
 import math
-from types import SimpleNamespace
+import tokenize
 from unittest import mock
 
 import pytest
@@ -11,10 +23,176 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny import DTYPES, NaiveLlama, add, chunkings, close, dot, is_real, models, poisoned_cache, run, texts, tiny_model
+from tiny import (
+    DTYPES,
+    NaiveLlama,
+    add,
+    chunkings,
+    close,
+    dot,
+    is_real,
+    models,
+    poisoned_cache,
+    run,
+    texts,
+    tiny_model,
+    walk,
+)
 
+import skip as skip_py
 from model import dense
 from skip import FFNSkip, Trace
+
+# --- by hand ----------------------------------------------------------------------------------------------------------
+
+HIGH, LOW = 0.97, 0.5
+
+
+def drawn(trace):
+    """For each token its layers from the first to the last: # where the FFN block ran, . where it was skipped."""
+    return ["".join("#" if ran else "." for ran in token) for token in trace.ran[:, 0].T.tolist()]
+
+
+@pytest.mark.parametrize(
+    "knobs, cosine, expected",
+    [
+        # ten layers, of which 2 to 7 are warm; ^ is a cosine above the threshold, # a block that ran, . one skipped
+        (dict(), "__^_______", "###.....##"),  # layer 2 reaches it, and the warm layers after it are skipped
+        (dict(), "__________", "##########"),
+        (dict(), "^^______^^", "##########"),  # cold layers trigger nothing
+        (dict(), "^^^^^^^^^^", "###.....##"),
+        (dict(), "____^_____", "#####...##"),
+        (dict(), "______^___", "#######.##"),
+        (dict(), "_______^__", "##########"),  # the last warm layer: none is left to skip
+        (dict(k=1), "^^^^^^^^^^", "###.#.#.##"),
+        (dict(k=2), "^^^^^^^^^^", "###..#..##"),
+        (dict(k=3), "^^^^^^^^^^", "###...#.##"),
+        (dict(k=5), "^^^^^^^^^^", "###.....##"),
+        (dict(k=9), "^^^^^^^^^^", "###.....##"),
+        (dict(k=1), "__^__^____", "###.##.###"),
+        (dict(k=1), "__^^______", "###.######"),  # a skipped layer's cosine is not looked at
+        (dict(k=2), "__^_______", "###..#####"),
+        (dict(k=1, recheck=False), "^^^^^^^^^^", "###.######"),
+        (dict(k=2, recheck=False), "^^^^^^^^^^", "###..#####"),
+        (dict(k=9, recheck=False), "^^^^^^^^^^", "###.....##"),
+        (dict(k=2, recheck=False), "____^__^__", "#####..###"),
+        (dict(recheck=False), "____^_____", "#####...##"),
+        (dict(cold_s=0, cold_e=10), "^^^^^^^^^^", "#........."),
+        (dict(cold_s=0, cold_e=10, k=1), "^^^^^^^^^^", "#.#.#.#.#."),
+        (dict(cold_s=4, cold_e=5), "^^^^^^^^^^", "##########"),
+        (dict(cold_s=4, cold_e=6), "^^^^^^^^^^", "#####.####"),
+        (dict(sim_threshold=[0.99] * 4 + [0.9] * 6), "^^^^^^^^^^", "#####...##"),  # one threshold for each layer
+        (dict(sim_threshold=[0.9] * 4 + [0.99] * 6), "___^______", "####....##"),
+        (dict(sim_threshold=[0.4] + [0.99] * 9), "^_________", "##########"),
+    ],
+)
+def test_skips_counted_by_hand(knobs, cosine, expected):
+    """Section 3.2: once the threshold is reached, k FFN blocks are skipped greedily; cold regions are left intact."""
+    skip = FFNSkip(**dict(cold_s=2, cold_e=8, sim_threshold=0.9, warm_up_index=-1) | knobs)
+    trace = walk(skip, [[HIGH if char == "^" else LOW] for char in cosine], token_index=[0])
+    assert drawn(trace) == [expected]
+    assert trace.ffn_skip_ratio(-1) == trace.ffn_saved_ratio() == expected.count(".") / 10
+
+
+def test_tokens_are_told_apart():
+    """One walk, four tokens, four decisions: skip_state belongs to a token."""
+    cosine = [[HIGH if char == "^" else LOW for char in row] for row in ("____", "^___", "_^__", "^_^_", "____")]
+    trace = walk(FFNSkip(0, 5, 0.9, -1, k=2), cosine, token_index=[0, 1, 2, 3])
+    assert drawn(trace) == ["##..#", "###..", "####.", "#####"]
+    trace = walk(FFNSkip(0, 5, 0.9, -1, k=1), cosine, token_index=[0, 1, 2, 3])
+    assert drawn(trace) == ["##.#.", "###.#", "####.", "#####"]
+
+
+@pytest.mark.parametrize(
+    "warm_up_index, full_every, full",
+    [
+        (-1, None, []),
+        (0, None, [0]),
+        (2, None, [0, 1, 2]),
+        (9, None, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        (-1, 1, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        (-1, 2, [1, 3, 5, 7, 9]),
+        (-1, 3, [2, 5, 8]),
+        (0, 4, [0, 4, 8]),
+        (2, 2, [0, 1, 2, 4, 6, 8]),
+        (2, 3, [0, 1, 2, 5, 8]),
+    ],
+)
+def test_tokens_in_full_counted_by_hand(warm_up_index, full_every, full):
+    """Algorithm 1, first line: token_index <= warm_up_index runs in full, as do the prompt and every full_every-th."""
+    skip = FFNSkip(1, 4, 0.9, warm_up_index, full_every=full_every)
+    trace = walk(skip, [[HIGH]] * 5, token_index=list(range(-2, 10)))
+    assert drawn(trace) == ["#####" if t < 0 or t in full else "##..#" for t in range(-2, 10)]
+    assert trace.cosine[1, 0].isnan().tolist() == [t < 0 or t in full for t in range(-2, 10)]
+    past = [t for t in range(10) if t > warm_up_index]
+    skipped = 2 * (10 - len(full))
+    assert trace.ffn_skip_ratio(warm_up_index) == (skipped / (5 * len(past)) if past else None)
+    assert trace.ffn_saved_ratio() == skipped / 50
+
+
+# --- the paper's lines ------------------------------------------------------------------------------------------------
+
+# Algorithm 1 as printed, without its inputs: wrapped lines are joined, and past_start, a misprint, is past_state.
+ALGORITHM_1 = """\
+if token_index <= warm_up_index then
+    generate_with_full_model(token_index, input_state)
+else
+    generate_with_skip_model(token_index, input_state, cold_s, cold_e)
+def generate_with_skip_model(token_index, input_state, cold_s, cold_e):
+    past_state <- input_state
+    for <0 ... cold_s> do
+        h <- past_state + attention(past_state)
+        past_state <- h + feed_forward(h)
+    skip_state <- False
+    for <cold_s ... cold_e> do
+        h <- past_state + attention(past_state)
+        if skip_state == False then
+            temp <- h + feed_forward(h)
+            sim_score <- cosine(h, temp)
+            if sim_score >= sim_threshold then
+                skip_state <- True
+            past_state <- temp
+        else
+            past_state <- h
+    for <cold_e ... num_layers> do
+        h <- past_state + attention(past_state)
+        past_state <- h + feed_forward(h)
+"""
+
+
+def comment_column():
+    """
+    [column, indented text, code beside it] of each comment in the two functions of skip.py that are Algorithm 1. Those
+    in brackets are ours and left out, but "(token_index, ..." goes on with the line before it, as in the paper.
+    """
+    source = inspect.getsource(skip_py)
+    source = source[source.index("    def __call__") : source.index("    def active")]
+    comments = []
+    for token in tokenize.generate_tokens(io.StringIO("class FFNSkip:\n" + source).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+        column, text, code = token.start[1], token.string.removeprefix("# "), token.line[: token.start[1]].strip()
+        if text.strip().startswith("(token_index"):
+            comments[-1][1] += text.strip()
+        elif not text.strip().startswith("("):
+            comments.append([column, text, code])
+    return comments
+
+
+def test_the_comment_column_is_the_printed_algorithm_line_for_line():
+    """README: Algorithm 1, line for line, each line indented within its function as it is in the paper."""
+    printed = ALGORITHM_1.splitlines()
+    body = 1 + next(number for number, line in enumerate(printed) if line.startswith("def "))
+    printed[body:] = [line.removeprefix("    ") for line in printed[body:]]  # our comments begin anew within a function
+    found = comment_column()
+    assert [text for _, text, _ in found] == printed
+    assert len({column for column, _, _ in found}) == 1
+    for _, text, code in found:
+        name, assigned, _ = text.strip().partition(" <- ")
+        assert not (assigned and code) or code.startswith((f"{name} =", f"{name}[i] =")), (text, code)
+
+
+# --- whole models: the strategies -------------------------------------------------------------------------------------
 
 
 def cosines(model, **text):
@@ -62,271 +240,7 @@ def clear(skip, *traces):
         assume(not ((cosine - threshold).abs() < 1e-5).any())
 
 
-@settings(max_examples=100)
-@given(st.data())
-def test_1_no_skipping_is_the_dense_model_bit_for_bit(data):
-    """README: sim_threshold=inf, a warm-up longer than the text, or no warm layer: the logits of the dense model."""
-    model, text, chunks, skip = data.draw(DTYPES.flatmap(cases))
-    never = data.draw(
-        st.sampled_from(
-            [
-                dict(sim_threshold=math.inf),
-                dict(sim_threshold=[math.inf] * model.args.n_layers),
-                dict(warm_up_index=text["tokens"].size(1)),
-                dict(cold_e=skip.cold_s),
-                dict(full_every=1),
-            ]
-        )
-    )
-    trace, real = Trace(), is_real(text["tokens"], text["pad"])
-    logits = run(model, **text, chunks=chunks, policy=dataclasses.replace(skip, **never), trace=trace)
-    assert torch.equal(logits, run(model, **text, chunks=chunks))
-    assert torch.equal(trace.ran, real.expand_as(trace.ran))
-
-
-@given(st.data())
-def test_2_the_cache_is_complete_whatever_was_skipped(data):
-    """Paper, section 1: skipping FFN blocks only circumvents the key-value cache problem of skipping layers."""
-    model, text, chunks, skip = data.draw(DTYPES.flatmap(cases))
-    batch, seq = text["tokens"].shape
-    cache = poisoned_cache(model, batch)
-    logits = run(model, **text, chunks=chunks, cache=cache, policy=skip)
-    assert logits.isfinite().all() and cache.length == seq and cache.complete()
-    assert (cache.writes[:, :, :seq] == 1).all() and not cache.writes[:, :, seq:].any()
-    for slots in cache.k, cache.v:
-        assert slots[:, :, :, :seq].isfinite().all() and slots[:, :, :, seq:].isnan().all()
-
-
-@settings(max_examples=100)
-@given(st.data())
-def test_3_one_parallel_pass_decides_as_token_by_token_decoding_does(data):
-    """README: perplexity under skipping needs one parallel pass; in logits and in every decision, for any chunks."""
-    model, text, chunks, skip = data.draw(cases())
-    at_once, one_by_one, in_chunks = Trace(), Trace(), Trace()
-    logits = run(model, **text, policy=skip, trace=at_once)
-    single = run(model, **text, policy=skip, trace=one_by_one, chunks=[1] * text["tokens"].size(1))
-    chunked = run(model, **text, policy=skip, trace=in_chunks, chunks=chunks)
-    clear(skip, at_once, one_by_one, in_chunks)
-    assert close(single, logits) and close(chunked, logits)
-    for trace in one_by_one, in_chunks:
-        assert torch.equal(trace.ran, at_once.ran) and torch.equal(trace.token_index, at_once.token_index)
-        assert torch.allclose(trace.cosine, at_once.cosine, rtol=0, atol=1e-5, equal_nan=True)
-
-
-@settings(max_examples=100)
-@given(st.data())
-def test_4_a_batch_decides_row_by_row_as_each_row_alone(data):
-    """README: one code path serves a batch whose rows disagree; padded rows get what they get alone."""
-    model, text, chunks, skip = data.draw(cases())
-    tokens, pad, prompt_len = text["tokens"], text["pad"], text["prompt_len"]
-    together = Trace()
-    logits = run(model, **text, chunks=chunks, policy=skip, trace=together)
-    clear(skip, together)
-    for row in range(len(tokens)):
-        alone, start = Trace(), 0 if pad is None else pad[row]
-        own_prompt = prompt_len if isinstance(prompt_len, int) else prompt_len[row]
-        expected = model(tokens[row : row + 1, start:], policy=skip, prompt_len=own_prompt, trace=alone)
-        clear(skip, alone)
-        assert close(logits[row, start:], expected[0])
-        assert torch.equal(together.ran[:, row, start:], alone.ran[:, 0])
-        assert torch.equal(together.token_index[row, start:], alone.token_index[0])
-        assert not together.ran[:, row, :start].any() and together.cosine[:, row, :start].isnan().all()
-
-
-@given(st.data())
-def test_5_threshold_of_minus_infinity_skips_all_warm_layers_but_the_first(data):
-    """Algorithm 1: after the warm-up, each token's layers cold_s + 1 to cold_e - 1 are skipped, those and no others."""
-    model, text, chunks, skip = data.draw(DTYPES.flatmap(cases))
-    skip = dataclasses.replace(skip, sim_threshold=-math.inf, k=None, full_every=None)
-    trace, layer = Trace(), torch.arange(model.args.n_layers)[:, None, None]
-    run(model, **text, chunks=chunks, policy=skip, trace=trace)
-    skipped = (trace.token_index > skip.warm_up_index) & (skip.cold_s < layer) & (layer < skip.cold_e)
-    assert torch.equal(trace.ran, ~skipped & is_real(text["tokens"], text["pad"]))
-    first = (trace.token_index > skip.warm_up_index) & (layer == skip.cold_s) & (layer < skip.cold_e)
-    assert torch.equal(~trace.cosine.isnan(), first)  # and nothing else is measured
-
-
-class SetCosine:
-    """A layer for the policy alone: it turns every token by an angle whose cosine is given, (batch, seq)."""
-
-    def __init__(self, layer_id, cosine):
-        self.layer_id, self.cosine = layer_id, torch.as_tensor(cosine)
-
-    def attend(self, x, step):
-        return x
-
-    def feed(self, h, step, rows=None):
-        cos, sin = self.cosine, (1 - self.cosine**2).sqrt()
-        temp = torch.stack((h[..., 0] * cos - h[..., 1] * sin, h[..., 0] * sin + h[..., 1] * cos), dim=-1)
-        step.trace.record_ran(self.layer_id, rows)
-        return temp if rows is None else torch.where(rows[..., None], temp, h)
-
-    def __call__(self, x, step):
-        return self.feed(self.attend(x, step), step)
-
-
-def walk(skip, cosine, token_index):
-    """The trace of tokens whose cosines are set, (layer, token), whatever was skipped before."""
-    token_index, trace = torch.tensor([token_index]), Trace()
-    trace.begin(len(cosine), token_index, real=torch.ones_like(token_index, dtype=torch.bool))
-    layers = [SetCosine(layer_id, row) for layer_id, row in enumerate(cosine)]
-    x = torch.tensor([1.0, 0.0]).expand(1, token_index.size(1), 2)
-    skip(layers, x, SimpleNamespace(token_index=token_index, trace=trace))
-    return trace
-
-
-def drawn(trace):
-    """For each token its layers from the first to the last: # where the FFN block ran, . where it was skipped."""
-    return ["".join("#" if ran else "." for ran in token) for token in trace.ran[:, 0].T.tolist()]
-
-
-HIGH, LOW = 0.97, 0.5
-
-
-@pytest.mark.parametrize(
-    "knobs, cosine, expected",
-    [
-        # ten layers, warm from 2 to 8; ^ is a cosine above the threshold
-        (dict(), "__________", "##########"),
-        (dict(), "^^______^^", "##########"),  # cold layers trigger nothing
-        (dict(), "^^^^^^^^^^", "###.....##"),
-        (dict(), "__^_______", "###.....##"),
-        (dict(), "____^_____", "#####...##"),
-        (dict(), "______^___", "#######.##"),
-        (dict(), "_______^__", "##########"),  # the last warm layer: none is left to skip
-        (dict(k=1), "^^^^^^^^^^", "###.#.#.##"),
-        (dict(k=2), "^^^^^^^^^^", "###..#..##"),
-        (dict(k=3), "^^^^^^^^^^", "###...#.##"),
-        (dict(k=5), "^^^^^^^^^^", "###.....##"),
-        (dict(k=9), "^^^^^^^^^^", "###.....##"),
-        (dict(k=1), "__^__^____", "###.##.###"),
-        (dict(k=1), "__^^______", "###.######"),  # a skipped layer's cosine is not looked at
-        (dict(k=2), "__^_______", "###..#####"),
-        (dict(k=1, recheck=False), "^^^^^^^^^^", "###.######"),
-        (dict(k=2, recheck=False), "^^^^^^^^^^", "###..#####"),
-        (dict(k=9, recheck=False), "^^^^^^^^^^", "###.....##"),
-        (dict(k=2, recheck=False), "____^__^__", "#####..###"),
-        (dict(recheck=False), "____^_____", "#####...##"),
-        (dict(cold_s=0, cold_e=10), "^^^^^^^^^^", "#........."),
-        (dict(cold_s=0, cold_e=10, k=1), "^^^^^^^^^^", "#.#.#.#.#."),
-        (dict(cold_s=4, cold_e=5), "^^^^^^^^^^", "##########"),
-        (dict(cold_s=4, cold_e=6), "^^^^^^^^^^", "#####.####"),
-        (dict(sim_threshold=[0.99] * 4 + [0.9] * 6), "^^^^^^^^^^", "#####...##"),  # one threshold for each layer
-        (dict(sim_threshold=[0.9] * 4 + [0.99] * 6), "___^______", "####....##"),
-        (dict(sim_threshold=[0.4] + [0.99] * 9), "^_________", "##########"),
-    ],
-)
-def test_5_skips_counted_by_hand(knobs, cosine, expected):
-    """Section 3.2: once the threshold is reached, k FFN blocks are skipped greedily; cold regions are left intact."""
-    skip = FFNSkip(**dict(cold_s=2, cold_e=8, sim_threshold=0.9, warm_up_index=-1) | knobs)
-    trace = walk(skip, [[HIGH if char == "^" else LOW] for char in cosine], token_index=[0])
-    assert drawn(trace) == [expected]
-    assert trace.ffn_skip_ratio(-1) == trace.ffn_saved_ratio() == expected.count(".") / 10
-
-
-def test_5_tokens_are_told_apart():
-    """One walk, four tokens, four decisions: skip_state belongs to a token."""
-    cosine = [[HIGH if char == "^" else LOW for char in row] for row in ("____", "^___", "_^__", "^_^_", "____")]
-    trace = walk(FFNSkip(0, 5, 0.9, -1, k=2), cosine, token_index=[0, 1, 2, 3])
-    assert drawn(trace) == ["##..#", "###..", "####.", "#####"]
-    trace = walk(FFNSkip(0, 5, 0.9, -1, k=1), cosine, token_index=[0, 1, 2, 3])
-    assert drawn(trace) == ["##.#.", "###.#", "####.", "#####"]
-
-
-@pytest.mark.parametrize(
-    "warm_up_index, full_every, full",
-    [
-        (-1, None, []),
-        (0, None, [0]),
-        (2, None, [0, 1, 2]),
-        (9, None, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
-        (-1, 1, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
-        (-1, 2, [1, 3, 5, 7, 9]),
-        (-1, 3, [2, 5, 8]),
-        (0, 4, [0, 4, 8]),
-        (2, 2, [0, 1, 2, 4, 6, 8]),
-        (2, 3, [0, 1, 2, 5, 8]),
-    ],
-)
-def test_5_tokens_in_full_counted_by_hand(warm_up_index, full_every, full):
-    """Algorithm 1, first line: token_index <= warm_up_index runs in full, as do the prompt and every full_every-th."""
-    skip = FFNSkip(1, 4, 0.9, warm_up_index, full_every=full_every)
-    trace = walk(skip, [[HIGH]] * 5, token_index=list(range(-2, 10)))
-    assert drawn(trace) == ["#####" if t < 0 or t in full else "##..#" for t in range(-2, 10)]
-    assert trace.cosine[1, 0].isnan().tolist() == [t < 0 or t in full for t in range(-2, 10)]
-    past = [t for t in range(10) if t > warm_up_index]
-    skipped = 2 * (10 - len(full))
-    assert trace.ffn_skip_ratio(warm_up_index) == (skipped / (5 * len(past)) if past else None)
-    assert trace.ffn_saved_ratio() == skipped / 50
-
-
-def test_ratios_of_several_passes_and_rows():
-    """README: the skip ratio is over tokens past the warm-up, the saved ratio over all generated ones."""
-    assert Trace().ffn_skip_ratio(-1) is None and Trace().ffn_saved_ratio() is None
-    model, trace, skip = tiny_model(n_layers=4), Trace(), FFNSkip(0, 4, -math.inf, warm_up_index=2)
-    tokens, pad = torch.arange(16).view(2, 8), torch.tensor([0, 3])
-    cache = poisoned_cache(model, 2)
-    args = dict(policy=skip, prompt_len=torch.tensor([4, 1]), trace=trace)
-    # columns 0-3, 4, 5-7; token_index of row 0: -4 to 3, of row 1: padding three times, then -1 to 3
-    model(tokens[:, :4], cache, pad=pad, **args)
-    assert trace.ffn_skip_ratio(2) is None and trace.ffn_saved_ratio() is None
-    model(tokens[:, 4:5], cache, **args)
-    assert trace.ffn_skip_ratio(2) is None and trace.ffn_saved_ratio() == 0
-    model(tokens[:, 5:], cache, **args)
-    assert trace.ran.shape == trace.cosine.shape == (4, 2, 8) and trace.token_index.shape == (2, 8)
-    assert trace.token_index[0].tolist() == [-4, -3, -2, -1, 0, 1, 2, 3]
-    assert trace.token_index[1, 3:].tolist() == [-1, 0, 1, 2, 3] and (trace.token_index[1, :3] < 0).all()
-    assert trace.ffn_skip_ratio(2) == 6 / 8  # one token a row, three of its four blocks skipped
-    assert trace.ffn_saved_ratio() == 6 / 32  # of four generated tokens a row
-
-
-@settings(max_examples=60)
-@given(st.data())
-def test_6_blocks_that_ran_are_those_counted(data):
-    """README: skipped blocks really do not run. Rows entering the modules = the trace = the reported ratio."""
-    model, text, chunks, skip = data.draw(DTYPES.flatmap(cases))
-    rows = torch.zeros(model.args.n_layers, dtype=torch.long)
-    for layer in model.layers:
-
-        def count(module, inputs, out, layer_id=layer.layer_id):
-            rows[layer_id] += inputs[0].shape[:-1].numel()
-
-        layer.feed_forward.register_forward_hook(count)
-    trace, padding = Trace(), ~is_real(text["tokens"], text["pad"])
-    run(model, **text, chunks=chunks, policy=skip, trace=trace)
-    assert torch.equal(trace.ran.sum(dim=(1, 2)), rows - padding.sum())
-    counted = trace.token_index > skip.warm_up_index
-    full = trace.token_index[~padding] <= skip.warm_up_index  # these run every block
-    blocks = counted.sum() * model.args.n_layers
-    ran = rows.sum() - (padding.sum() + full.sum()) * model.args.n_layers
-    ratio = trace.ffn_skip_ratio(skip.warm_up_index)
-    assert ratio is None if not blocks else math.isclose(ratio, 1 - ran / blocks, abs_tol=1e-6)
-
-
-def test_6_the_trace_counts_where_the_block_runs():
-    """README: any policy can be traced, since a block is counted where it executes and not where it is decided."""
-    model, tokens, trace = tiny_model(), torch.arange(6)[None], Trace()
-    even = torch.arange(6)[None] % 2 == 0
-
-    def every_second_token(layers, x, step):
-        for layer in layers:
-            x = layer.feed(layer.attend(x, step), step, even)
-        return x
-
-    model(tokens, policy=every_second_token, trace=trace)
-    assert torch.equal(trace.ran, even.expand(4, 1, 6)) and trace.ffn_skip_ratio(-1) == 0.5
-
-    def one_half_then_the_other(layers, x, step):
-        for layer in layers:
-            x = layer.feed(layer.feed(layer.attend(x, step), step, even), step, ~even)
-        return x
-
-    trace = Trace()
-    model(tokens, policy=one_half_then_the_other, trace=trace)
-    assert trace.ran.all()
-    trace = Trace()
-    model(tokens, trace=trace)
-    assert trace.ran.all() and trace.ffn_skip_ratio(-1) == 0 and trace.cosine.isnan().all()
+CASES = DTYPES.flatmap(cases)  # in float32 or bfloat16
 
 
 def algorithm_1(model, tokens, prompt_len, skip):
@@ -381,10 +295,10 @@ def algorithm_1(model, tokens, prompt_len, skip):
 
 
 @settings(max_examples=100)
-@given(st.data())
-def test_7_agrees_with_a_naive_transcription(data):
+@given(cases(max_batch=1, max_seq=10))
+def test_agrees_with_a_naive_transcription(case):
     """README: skip.py is Algorithm 1, line for line. In logits, cosines and decisions."""
-    model, text, chunks, skip = data.draw(cases(max_batch=1, max_seq=10))
+    model, text, chunks, skip = case
     tokens, prompt_len, trace = text["tokens"], int(text["prompt_len"]), Trace()
     logits = run(model, tokens, chunks, policy=skip, prompt_len=prompt_len, trace=trace)
     clear(skip, trace)
@@ -397,12 +311,150 @@ def test_7_agrees_with_a_naive_transcription(data):
     assert trace.cosine[~trace.ran].isnan().all()
 
 
+# --- whole models: the claims -----------------------------------------------------------------------------------------
+
+
+@st.composite
+def cases_that_never_skip(draw):
+    model, text, chunks, skip = draw(CASES)
+    never = [
+        dict(sim_threshold=math.inf),
+        dict(sim_threshold=[math.inf] * model.args.n_layers),
+        dict(warm_up_index=text["tokens"].size(1)),
+        dict(cold_e=skip.cold_s),
+        dict(full_every=1),
+    ]
+    return model, text, chunks, dataclasses.replace(skip, **draw(st.sampled_from(never)))
+
+
+@settings(max_examples=100)
+@given(cases_that_never_skip())
+def test_no_skipping_is_the_dense_model_bit_for_bit(case):
+    """README: sim_threshold=inf, a warm-up longer than the text, or no warm layer: the logits of the dense model."""
+    model, text, chunks, skip = case
+    trace, real = Trace(), is_real(text["tokens"], text["pad"])
+    logits = run(model, **text, chunks=chunks, policy=skip, trace=trace)
+    assert torch.equal(logits, run(model, **text, chunks=chunks))
+    assert torch.equal(trace.ran, real.expand_as(trace.ran))
+
+
+@given(CASES)
+def test_the_cache_is_complete_whatever_was_skipped(case):
+    """Paper, section 1: skipping FFN blocks only circumvents the key-value cache problem of skipping layers."""
+    model, text, chunks, skip = case
+    batch, seq = text["tokens"].shape
+    cache = poisoned_cache(model, batch)
+    logits = run(model, **text, chunks=chunks, cache=cache, policy=skip)
+    assert logits.isfinite().all() and cache.length == seq and cache.complete()
+    assert (cache.writes[:, :, :seq] == 1).all() and not cache.writes[:, :, seq:].any()
+    for slots in cache.k, cache.v:
+        assert slots[:, :, :, :seq].isfinite().all() and slots[:, :, :, seq:].isnan().all()
+
+
+@settings(max_examples=100)
+@given(cases())
+def test_one_parallel_pass_decides_as_token_by_token_decoding_does(case):
+    """README: perplexity under skipping needs one parallel pass; in logits and in every decision, for any chunks."""
+    model, text, chunks, skip = case
+    at_once, one_by_one, in_chunks = Trace(), Trace(), Trace()
+    logits = run(model, **text, policy=skip, trace=at_once)
+    single = run(model, **text, policy=skip, trace=one_by_one, chunks=[1] * text["tokens"].size(1))
+    chunked = run(model, **text, policy=skip, trace=in_chunks, chunks=chunks)
+    clear(skip, at_once, one_by_one, in_chunks)
+    assert close(single, logits) and close(chunked, logits)
+    for trace in one_by_one, in_chunks:
+        assert torch.equal(trace.ran, at_once.ran) and torch.equal(trace.token_index, at_once.token_index)
+        assert torch.allclose(trace.cosine, at_once.cosine, rtol=0, atol=1e-5, equal_nan=True)
+
+
+@settings(max_examples=100)
+@given(cases())
+def test_a_batch_decides_row_by_row_as_each_row_alone(case):
+    """README: one code path serves a batch whose rows disagree; padded rows get what they get alone."""
+    model, text, chunks, skip = case
+    tokens, pad, prompt_len = text["tokens"], text["pad"], text["prompt_len"]
+    together = Trace()
+    logits = run(model, **text, chunks=chunks, policy=skip, trace=together)
+    clear(skip, together)
+    for row in range(len(tokens)):
+        alone, start = Trace(), 0 if pad is None else pad[row]
+        own_prompt = prompt_len if isinstance(prompt_len, int) else prompt_len[row]
+        expected = model(tokens[row : row + 1, start:], policy=skip, prompt_len=own_prompt, trace=alone)
+        clear(skip, alone)
+        assert close(logits[row, start:], expected[0])
+        assert torch.equal(together.ran[:, row, start:], alone.ran[:, 0])
+        assert torch.equal(together.token_index[row, start:], alone.token_index[0])
+        assert not together.ran[:, row, :start].any() and together.cosine[:, row, :start].isnan().all()
+
+
+@given(CASES)
+def test_threshold_of_minus_infinity_skips_all_warm_layers_but_the_first(case):
+    """Algorithm 1: after the warm-up, each token's layers cold_s + 1 to cold_e - 1 are skipped, those and no others."""
+    model, text, chunks, skip = case
+    skip = dataclasses.replace(skip, sim_threshold=-math.inf, k=None, full_every=None)
+    trace, layer = Trace(), torch.arange(model.args.n_layers)[:, None, None]
+    run(model, **text, chunks=chunks, policy=skip, trace=trace)
+    skipped = (trace.token_index > skip.warm_up_index) & (skip.cold_s < layer) & (layer < skip.cold_e)
+    assert torch.equal(trace.ran, ~skipped & is_real(text["tokens"], text["pad"]))
+    first = (trace.token_index > skip.warm_up_index) & (layer == skip.cold_s) & (layer < skip.cold_e)
+    assert torch.equal(~trace.cosine.isnan(), first)  # and nothing else is measured
+
+
 @settings(max_examples=60)
-@given(st.data())
-def test_8_the_weights_of_skipped_blocks_are_never_used(data):
+@given(CASES)
+def test_blocks_that_ran_are_those_counted(case):
+    """README: skipped blocks really do not run. Rows entering the modules = the trace = the reported ratio."""
+    model, text, chunks, skip = case
+    rows = torch.zeros(model.args.n_layers, dtype=torch.long)
+    for layer in model.layers:
+
+        def count(module, inputs, out, layer_id=layer.layer_id):
+            rows[layer_id] += inputs[0].shape[:-1].numel()
+
+        layer.feed_forward.register_forward_hook(count)
+    trace, padding = Trace(), ~is_real(text["tokens"], text["pad"])
+    run(model, **text, chunks=chunks, policy=skip, trace=trace)
+    assert torch.equal(trace.ran.sum(dim=(1, 2)), rows - padding.sum())
+    counted = trace.token_index > skip.warm_up_index
+    full = trace.token_index[~padding] <= skip.warm_up_index  # these run every block
+    blocks = counted.sum() * model.args.n_layers
+    ran = rows.sum() - (padding.sum() + full.sum()) * model.args.n_layers
+    ratio = trace.ffn_skip_ratio(skip.warm_up_index)
+    assert ratio is None if not blocks else math.isclose(ratio, 1 - ran / blocks, abs_tol=1e-6)
+
+
+def test_the_trace_counts_where_the_block_runs():
+    """README: any policy can be traced, since a block is counted where it executes and not where it is decided."""
+    model, tokens, trace = tiny_model(), torch.arange(6)[None], Trace()
+    even = torch.arange(6)[None] % 2 == 0
+
+    def every_second_token(layers, x, step):
+        for layer in layers:
+            x = layer.add_feed_forward(layer.add_attention(x, step), step, even)
+        return x
+
+    model(tokens, policy=every_second_token, trace=trace)
+    assert torch.equal(trace.ran, even.expand(4, 1, 6)) and trace.ffn_skip_ratio(-1) == 0.5
+
+    def one_half_then_the_other(layers, x, step):
+        for layer in layers:
+            x = layer.add_feed_forward(layer.add_feed_forward(layer.add_attention(x, step), step, even), step, ~even)
+        return x
+
+    trace = Trace()
+    model(tokens, policy=one_half_then_the_other, trace=trace)
+    assert trace.ran.all()
+    trace = Trace()
+    model(tokens, trace=trace)
+    assert trace.ran.all() and trace.ffn_skip_ratio(-1) == 0 and trace.cosine.isnan().all()
+
+
+@settings(max_examples=60)
+@given(CASES, st.booleans())
+def test_the_weights_of_skipped_blocks_are_never_used(case, single):
     """README: a skipped block's weights are not read. Set to NaN wherever no token runs them, they change nothing."""
-    model, text, chunks, skip = data.draw(DTYPES.flatmap(cases))
-    if data.draw(st.booleans()):  # one row and one token at a time, every skipped block is skipped by all
+    model, text, chunks, skip = case
+    if single:  # one row and one token at a time, every skipped block is skipped by all
         chunks, text["pad"] = [1] * text["tokens"].size(1), None
         text["tokens"], text["prompt_len"] = text["tokens"][:1], 0
     trace = Trace()
@@ -422,17 +474,37 @@ def test_8_the_weights_of_skipped_blocks_are_never_used(data):
     assert torch.equal(run(model, **text, chunks=chunks, policy=poison), logits)
 
 
+def test_ratios_of_several_passes_and_rows():
+    """README: the skip ratio is over tokens past the warm-up, the saved ratio over all generated ones."""
+    assert Trace().ffn_skip_ratio(-1) is None and Trace().ffn_saved_ratio() is None
+    model, trace, skip = tiny_model(n_layers=4), Trace(), FFNSkip(0, 4, -math.inf, warm_up_index=2)
+    tokens, pad = torch.arange(16).view(2, 8), torch.tensor([0, 3])
+    cache = poisoned_cache(model, 2)
+    args = dict(policy=skip, prompt_len=torch.tensor([4, 1]), trace=trace)
+    # columns 0-3, 4, 5-7; token_index of row 0: -4 to 3, of row 1: padding three times, then -1 to 3
+    model(tokens[:, :4], cache, pad=pad, **args)
+    assert trace.ffn_skip_ratio(2) is None and trace.ffn_saved_ratio() is None
+    model(tokens[:, 4:5], cache, **args)
+    assert trace.ffn_skip_ratio(2) is None and trace.ffn_saved_ratio() == 0
+    model(tokens[:, 5:], cache, **args)
+    assert trace.ran.shape == trace.cosine.shape == (4, 2, 8) and trace.token_index.shape == (2, 8)
+    assert trace.token_index[0].tolist() == [-4, -3, -2, -1, 0, 1, 2, 3]
+    assert trace.token_index[1, 3:].tolist() == [-1, 0, 1, 2, 3] and (trace.token_index[1, :3] < 0).all()
+    assert trace.ffn_skip_ratio(2) == 6 / 8  # one token a row, three of its four blocks skipped
+    assert trace.ffn_saved_ratio() == 6 / 32  # of four generated tokens a row
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cosine_is_that_of_the_residual_stream_in_float32(dtype):
     """Section 3.1: of the tensor entering the FFN block and exiting it, the residual stream; in float32 always."""
     model, tokens, trace, seen = tiny_model(dtype=dtype), torch.arange(20)[None], Trace(), []
     for layer in model.layers:
 
-        def feed(h, step, rows=None, feed=layer.feed):
-            seen.append((h, feed(h, step, rows)))
+        def add_feed_forward(h, step, active=None, feed=layer.add_feed_forward):
+            seen.append((h, feed(h, step, active)))
             return seen[-1][1]
 
-        layer.feed = feed
+        layer.add_feed_forward = add_feed_forward
     threshold = cosines(model, tokens=tokens).median().item() + 3e-5
     seen.clear()
     model(tokens, policy=FFNSkip(0, 4, threshold, warm_up_index=-1), trace=trace)
@@ -481,6 +553,9 @@ def test_the_prompt_always_runs_in_full():
     logits = model(tokens, policy=FFNSkip(0, 4, -math.inf, warm_up_index=-1), prompt_len=10, trace=trace)
     assert trace.ran.all() and torch.equal(logits, model(tokens))
     assert FFNSkip(0, 4, 0.9).warm_up_index == 25  # section 5.1: 25 to 30
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,29 @@
-"""Tiny random models, ways to run them, and a LLaMA in plain Python floats to check them against."""
+"""
+What several test files share: tiny random models and ways to run them, a LLaMA in plain Python floats to check them
+against, stand-ins for layers and tokenizers, small files of data, and ways to run a program as its user does.
+"""
 
 import cmath
+import csv
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
+from common import run_command
 from model import KVCache, ModelArgs, Transformer
+from skip import Trace
+
+ROOT = Path(__file__).parent.parent
+
+# --- models and texts -------------------------------------------------------------------------------------------------
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
@@ -55,6 +72,11 @@ def texts(draw, model, max_batch=3, max_seq=12):
     return dict(tokens=tokens, pad=draw(st.none() | each), prompt_len=draw(st.just(0) | each))
 
 
+def random_ids(n, seed=0, vocab_size=31):
+    """A list of n token ids."""
+    return torch.randint(vocab_size, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 @st.composite
 def chunkings(draw, seq):
     """Lengths that sum to seq: all at once, one by one, or anything between."""
@@ -63,18 +85,22 @@ def chunkings(draw, seq):
     return [b - a for a, b in zip(cuts, cuts[1:])]
 
 
+def new_cache(model, batch, max_seq_len=None):
+    return KVCache(model.args, batch, max_seq_len or model.args.max_seq_len, model.tok_embeddings.weight.dtype)
+
+
 def poisoned_cache(model, batch, max_seq_len=None):
     """A cache of NaN: whatever is read before it is written shows. `.writes` counts how often each slot was written."""
-    cache = KVCache(model.args, batch, max_seq_len or model.args.max_seq_len, dtype=model.tok_embeddings.weight.dtype)
+    cache = new_cache(model, batch, max_seq_len)
     cache.k.fill_(math.nan)
     cache.v.fill_(math.nan)
     cache.writes = torch.zeros_like(cache.written, dtype=torch.long)
     write = cache.write
 
-    def counted(layer_id, k, v, rows=None):
+    def counted(layer_id, k, v, active=None):
         columns = slice(cache.length, cache.length + k.size(2))
-        cache.writes[layer_id, :, columns] += 1 if rows is None else rows.long()
-        return write(layer_id, k, v, rows)
+        cache.writes[layer_id, :, columns] += 1 if active is None else active.long()
+        return write(layer_id, k, v, active)
 
     cache.write = counted
     return cache
@@ -86,7 +112,7 @@ def run(model, tokens, chunks=None, cache=None, pad=None, **kwargs):
     logits = []
     for part in tokens.split(chunks or [tokens.size(1)], dim=1):
         logits.append(model(part, cache, pad=pad, **kwargs))
-        pad = None  # said once
+        pad = None  # which the cache keeps
     return torch.cat(logits, dim=1)
 
 
@@ -98,6 +124,9 @@ def is_real(tokens, pad=None):
 def close(a, b, tolerance=1e-5):
     """Equal to fp32 rounding: the error is within `tolerance` of the largest magnitude."""
     return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1))
+
+
+# --- LLaMA in plain Python --------------------------------------------------------------------------------------------
 
 
 def dot(a, b):
@@ -148,9 +177,9 @@ class NaiveLlama:
         for head in range(self.args.n_heads):
             shared = head // (self.args.n_heads // self.args.n_kv_heads)
             query = self.turn(q[head], position)
-            hole = [0.0] * self.args.head_dim
-            keys = [self.keys.get((layer, p, shared), hole) for p in range(position + 1)]
-            values = [self.values.get((layer, p, shared), hole) for p in range(position + 1)]
+            missing = [0.0] * self.args.head_dim
+            keys = [self.keys.get((layer, p, shared), missing) for p in range(position + 1)]
+            values = [self.values.get((layer, p, shared), missing) for p in range(position + 1)]
             weights = [math.exp(dot(query, key) / math.sqrt(self.args.head_dim)) for key in keys]
             out += [dot(weights, column) / sum(weights) for column in zip(*values)]
         return self.linear(f"layers.{layer}.attention.wo", out)
@@ -162,3 +191,113 @@ class NaiveLlama:
 
     def logits(self, x):
         return self.linear("tok_embeddings" if self.args.tie_word_embeddings else "output", self.norm("norm", x))
+
+
+# --- stand-ins --------------------------------------------------------------------------------------------------------
+
+
+class SetCosine:
+    """A layer for a policy alone: its block turns h = (1, 0) by the angle of a given cosine, one per token."""
+
+    def __init__(self, layer_id, cosine):
+        self.layer_id, self.temp = layer_id, torch.stack((cosine, (1 - cosine**2).sqrt()), dim=-1)[None]
+
+    def add_attention(self, x, step):
+        return torch.tensor([1.0, 0.0]).expand(self.temp.shape)  # (1, tokens, 2), whatever was skipped before
+
+    def add_feed_forward(self, h, step, active=None):
+        step.trace.record_ran(self.layer_id, active)
+        return self.temp if active is None else torch.where(active[..., None], self.temp, h)
+
+    def __call__(self, x, step):
+        return self.add_feed_forward(self.add_attention(x, step), step)
+
+
+def walk(policy, cosines, token_index):
+    """The Trace of one row of tokens, whose cosines are (layer, token), or (layer, 1) for all tokens alike."""
+    cosines = torch.as_tensor(cosines, dtype=torch.float64).expand(-1, len(token_index))
+    token_index, trace = torch.tensor([token_index]), Trace()
+    trace.begin(len(cosines), token_index, real=torch.ones_like(token_index, dtype=torch.bool))
+    layers = [SetCosine(layer_id, row) for layer_id, row in enumerate(cosines)]
+    policy(layers, None, SimpleNamespace(token_index=token_index, trace=trace))
+    return trace
+
+
+class Bytes:
+    """A tokenizer whose ids are bytes, so that a character is up to four tokens; 0 is end-of-text, and has no text."""
+
+    bos_id, eos_ids = None, {0}
+
+    def encode(self, text, bos=None):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i).decode("utf-8", errors="replace")
+
+    def chat(self, messages):
+        return self.encode("".join(f"[{m['role']}] {m['content']}\n" for m in messages))
+
+
+class Words:
+    """Like sentencepiece: a word's token carries the space before it, and decoding drops the first space."""
+
+    def decode(self, ids):
+        return "".join(f" {chr(i)}" for i in ids)[1:]
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+STORY = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "
+
+
+def write_jsonl(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_csv(path, *rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def write_data(folder):
+    """One small file for each task of evaluate.py, in the formats that its user has them in."""
+    (folder / "text.raw").write_text(STORY * 12)
+    write_jsonl(folder / "c4.jsonl", *(dict(text=f"{i} {STORY}") for i in range(3)))
+    (folder / "questions.txt").write_text(
+        "Which fox is quick? | brown\nWhich dog is lazy? | the dog\nWho minds? | nobody \n"
+    )
+    turns = [dict(question_id=i, category="writing", turns=[f"Say {i}.", "Say it again."]) for i in (81, 82)]
+    write_jsonl(folder / "question.jsonl", *turns)
+    stories = [["0", STORY * 2, "A fox jumps."], ["1", "word " * 500, "Words."], ["2", "w " * 800, "Ws."]]
+    write_csv(folder / "stories.csv", ["", "text", "y"], *stories)
+    header = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
+    for part, rows, answers in ("dev", [header], "0123"), ("test", [], "ABCD"):
+        (folder / "mmlu" / part).mkdir(parents=True)
+        for name in "anatomy", "sociology":
+            questions = [[f"{name}, {i}?", "red", "green", "blue", "grey", answer] for i, answer in enumerate(answers)]
+            write_csv(folder / "mmlu" / part / f"{name}_{part}.csv", *rows, *questions)
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+def start(script, *args, **kwargs):
+    """A program of this project in a process of its own, as its user starts it."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    return subprocess.Popen(command, env=os.environ | dict(OMP_NUM_THREADS="1"), **kwargs)
+
+
+def status(main, *args):
+    """The exit status of a program, run in this process by its main()."""
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: main([str(arg) for arg in args]))
+    return end.value.code or 0
+
+
+def mistake(capsys, main, *args):
+    """The one line, "error: ...", that a program ends with; notes, in brackets, may stand before it."""
+    capsys.readouterr()
+    code = status(main, *args)
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]
+    assert code and len(lines) == 1 and lines[0].startswith("error: "), (code, lines)
+    return lines[0]

@@ -1,0 +1,327 @@
+"""common.py: settings and where they are found, policies by their names, and mistakes that are told in one line."""
+
+import json
+
+import pytest
+import torch
+from baselines import POLICIES
+from hypothesis import given
+from hypothesis import strategies as st
+from test_golden import GOLDEN
+from tiny import mistake, status, tiny_model
+
+import common
+from common import find_policy, find_settings, first_difference, load_settings, model_name
+from generate import choose_policy, main, parse_args
+from model import dense
+from skip import FFNSkip
+
+CKPT = str(GOLDEN / "hf-gqa")
+SETTINGS = dict(model="tiny", n_layers=4, cold_s=1, cold_e=3, sim_threshold=0.9, k=2, curve=[1, 2], note="...")
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_known_by_its_name_without_format_and_quantisation(tmp_path):
+    folder = tmp_path / "Llama-2-7b-hf"
+    folder.mkdir()
+    assert model_name(folder) == model_name(tmp_path / "Llama-2-7B.Q4_1.gguf") == "llama-2-7b"
+    for name in "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct-BF16.gguf", "SmolLM2-135M-Instruct.gguf":
+        assert model_name(tmp_path / name) == "smollm2-135m-instruct"
+
+
+def options(*flags):
+    parser = common.Parser("")
+    common.add_skip_arguments(parser)
+    return parser.parse_args(list(map(str, flags)))
+
+
+def test_settings_come_from_the_folder_of_the_checkpoint_and_flags_override_them(tmp_path):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    assert find_settings(options(), folder, 4) == {}
+    (folder / "skip.json").write_text(json.dumps(SETTINGS))
+    assert find_settings(options(), folder, 4) == dict(cold_s=1, cold_e=3, sim_threshold=0.9, k=2)
+    found = find_settings(options("--cold-e", 4, "--k", 0, "--no-recheck"), folder, 4)
+    assert found == dict(cold_s=1, cold_e=4, sim_threshold=0.9, k=None, recheck=False)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(SETTINGS | dict(cold_s=2)))
+    assert find_settings(options("--skip-config", other), folder, 4)["cold_s"] == 2
+    (tmp_path / "tiny.skip.json").write_text(json.dumps(SETTINGS | dict(cold_s=0)))
+    assert find_settings(options(), tmp_path / "tiny.gguf", 4)["cold_s"] == 0
+
+
+def test_settings_in_the_folder_come_before_those_in_config(tmp_path):
+    folder = tmp_path / "llama-2-7b"
+    folder.mkdir()
+    shipped = json.loads((common.HERE / "config" / "llama-2-7b.json").read_text())
+    assert find_settings(options(), folder, 32)["cold_s"] == shipped["cold_s"]
+    (folder / "skip.json").write_text(json.dumps(dict(cold_s=9, cold_e=20, sim_threshold=0.9)))
+    assert find_settings(options(), folder, 32) == dict(cold_s=9, cold_e=20, sim_threshold=0.9)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "not a file of skip settings"),
+        ("[1]", "not a file of skip settings"),
+        (json.dumps(SETTINGS | dict(n_layers=32)), "a model of 32 layers, and tiny has 4"),
+        (json.dumps(SETTINGS | dict(model="llama-2-7b")), "made for llama-2-7b, and this is tiny"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_an_error_that_names_the_file(tmp_path, text, message):
+    path = tmp_path / "skip.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"skip.json.*{message}"):
+        load_settings(path, "tiny", 4)
+
+
+def test_the_shipped_settings_fit_the_models_they_name():
+    for path in sorted((common.HERE / "config").glob("*.json")):
+        raw = json.loads(path.read_text())
+        assert raw["model"] == path.stem
+        settings = load_settings(path, path.stem, raw["n_layers"])
+        settings.pop("ratios", None)
+        FFNSkip(**settings).check(raw["n_layers"])
+
+
+# --- policies by name -------------------------------------------------------------------------------------------------
+
+
+MINE = """\
+from types import SimpleNamespace
+
+def make(model, skip, warm_up_index=None, tokens=None, seed=0):
+    return SimpleNamespace(skip=skip, warm_up_index=warm_up_index, tokens=tokens, seed=seed)
+"""
+
+
+def test_a_policy_is_found_by_name_or_in_a_file(tmp_path):
+    model, file = tiny_model(), tmp_path / "mine.py"
+    file.write_text(MINE)
+    assert find_policy("dense", model) is dense
+    assert find_policy("ffnskip", model, dict(cold_s=1, cold_e=3, sim_threshold=0.9)) == FFNSkip(1, 3, 0.9)
+    assert type(find_policy("random", model, skip=0.25)) is POLICIES["random"]  # one class, however it is found
+    found = find_policy(f"{file}:make", model, skip=0.25, seed=7)
+    assert vars(found) == dict(skip=0.25, warm_up_index=None, tokens=None, seed=7)
+    for name, message in [
+        ("nosuch", "no policy nosuch"),
+        (f"{file}:nosuch", "no policy"),
+        ("no.py:make", "no policy file no.py"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            find_policy(name, model, skip=0.25)
+    with pytest.raises(ValueError, match="needs --skip"):
+        find_policy(f"{file}:make", model)
+    with pytest.raises(ValueError, match="calibrate.py"):
+        find_policy("ffnskip", model, {})
+    with pytest.raises(ValueError, match="cold_e 9 lies above"):
+        find_policy("ffnskip", model, dict(cold_s=1, cold_e=9, sim_threshold=0.9))
+
+
+@pytest.mark.parametrize("name", ["nosuch", "factory", "uniform", "run_active", "EarlyExit"])
+def test_what_is_no_policy_is_answered_with_the_names_of_those_that_are(name, capsys):
+    """Also where something in baselines.py is called so."""
+    error = mistake(capsys, main, "--ckpt", CKPT, "--policy", name, "--skip", "0.25", "x")
+    assert error.startswith(f"error: no policy {name}: choose from dense, ffnskip, ")
+    assert all(f" {known}," in error for known in POLICIES) and error.endswith("FILE.py:FACTORY")
+
+
+@pytest.mark.parametrize("name", ["ffnskip", *POLICIES, "FILE.py"])
+def test_the_warm_up_index_reaches_every_policy(name, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "tiny.skip.json").write_text(json.dumps(SETTINGS | dict(ratios=[[0.1, 0.1], [0, 0.5]])))
+    name = f"{tmp_path}/mine.py:make" if name == "FILE.py" else name
+    flags = ["--policy", name, "--skip", "0.25", "x"]
+    for more, expected in ([], 25), (["--warm-up-index", "3"], 3), (["--warm-up-index", "-1"], -1):
+        found, policy, _ = choose_policy(parse_args([*more, *flags]), tmp_path / "tiny.gguf", tiny_model())
+        if name.endswith(":make") and not more:
+            expected = None  # its own choice
+        assert found == name and policy.warm_up_index == expected
+
+
+def test_dense_takes_no_warm_up_index_and_no_ratio(capsys):
+    for flag in ["--warm-up-index", "3"], ["--skip", "0.25"]:
+        assert "are not for policy dense" in mistake(capsys, main, "--ckpt", CKPT, "--policy", "dense", *flag, "x")
+
+
+# --- --skip for ffnskip -----------------------------------------------------------------------------------------------
+
+RATIOS = [[-0.03, 0.4], [0.05, 0.1], [0.01, 0.2]]  # threshold shift, ratio; in any order
+
+
+@pytest.mark.parametrize("skip, shift", [(0.1, 0.05), (0.15, 0.03), (0.2, 0.01), (0.3, -0.01), (0.4, -0.03)])
+def test_a_ratio_of_ffnskip_is_interpolated_between_those_in_the_settings(skip, shift):
+    model, settings = tiny_model(), dict(cold_s=1, cold_e=3, sim_threshold=0.9, k=1, ratios=RATIOS)
+    policy = find_policy("ffnskip", model, settings, skip)
+    assert policy.sim_threshold == pytest.approx(0.9 + shift, abs=1e-12)
+    assert (policy.cold_s, policy.cold_e, policy.k) == (1, 3, 1)
+    each = [2.0, 0.9, 0.8, 2.0]
+    policy = find_policy("ffnskip", model, settings | dict(sim_threshold=each), skip)
+    assert policy.sim_threshold == pytest.approx([threshold + shift for threshold in each], abs=1e-12)
+    assert find_policy("ffnskip", model, settings).sim_threshold == 0.9  # without --skip, the settings as they are
+
+
+@given(st.floats(0.1, 0.4), st.floats(0.1, 0.4))
+def test_a_higher_ratio_has_a_lower_threshold(a, b):
+    settings = dict(cold_s=1, cold_e=3, sim_threshold=0.9, ratios=RATIOS)
+    low, high = (find_policy("ffnskip", tiny_model(), settings, skip).sim_threshold for skip in (min(a, b), max(a, b)))
+    assert low >= high
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Flags for settings with ratios, for the checkpoint CKPT."""
+    settings = dict(cold_s=0, cold_e=2, sim_threshold=0.5, warm_up_index=0, k=1, ratios=RATIOS)
+    (tmp_path / "skip.json").write_text(json.dumps(settings))
+    return ["--ckpt", CKPT, "--skip-config", str(tmp_path / "skip.json")]
+
+
+def test_the_summary_says_what_was_planned(config, capsys):
+    main([*config, "--max-new-tokens", "4", "--skip", "0.15", "Once"])
+    assert "(planned 15.0%)" in capsys.readouterr().err
+    main([*config, "--max-new-tokens", "4", "Once"])
+    assert "planned" not in capsys.readouterr().err
+    main([*config, "--max-new-tokens", "4", "--skip", "0.15", "--compare", "--json", "Once"])
+    printed = capsys.readouterr()
+    out = json.loads(printed.out)
+    assert out["planned_skip_ratio"] == 0.15 and out["dense"]["planned_skip_ratio"] is None
+    assert out["settings"]["skip"]["sim_threshold"] == pytest.approx(0.53)
+    assert ["planned" in line for line in printed.err.splitlines()[:2]] == [False, True]
+    main(["--ckpt", CKPT, "--max-new-tokens", "4", "--policy", "random", "--skip", "0.3", "Once"])
+    assert "(planned 30.0%)" in capsys.readouterr().err
+
+
+def test_a_ratio_that_the_settings_do_not_know_is_one_line_that_names_the_command(config, capsys):
+    for skip in "0.05", "0.45":
+        error = mistake(capsys, main, *config, "--skip", skip, "x")
+        assert "these settings reach 0.100 to 0.400" in error
+        assert f"python calibrate.py --ckpt ... --skip {skip}" in error
+    for flag in ["--k", "2"], ["--sim-threshold", "0.9"], ["--no-recheck"], ["--full-every", "6"], ["--cold-s", "1"]:
+        error = mistake(capsys, main, *config, *flag, "--skip", "0.2", "x")  # the ratios are of other settings
+        assert "do not tell thresholds from ratios" in error and "python calibrate.py --ckpt ... --skip 0.2" in error
+    main([*config, "--warm-up-index", "3", "--skip", "0.2", "--max-new-tokens", "2", "x"])  # past any warm-up the same
+
+
+def test_a_flag_drops_the_ratios(tmp_path):
+    (tmp_path / "tiny.skip.json").write_text(json.dumps(SETTINGS | dict(ratios=RATIOS)))
+    assert find_settings(options(), tmp_path / "tiny.gguf", 4)["ratios"] == RATIOS
+    for flag in ["--k", "0"], ["--full-every", "0"], ["--cold-e", "4"]:
+        assert "ratios" not in find_settings(options(*flag), tmp_path / "tiny.gguf", 4)
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+SKIP = ["--policy", "ffnskip", "--cold-s", "0", "--cold-e", "2", "--sim-threshold", "0.5"]
+WRONG = {
+    "no such checkpoint": (["--ckpt", "nosuch", "x"], "no checkpoint at nosuch"),
+    "no settings": (["--policy", "ffnskip", "x"], "calibrate.py"),
+    "half of the settings": (["--cold-s", "1", "x"], "no cold_e, sim_threshold"),
+    "wrong setting": ([*SKIP, "--cold-e", "3", "x"], "cold_e 3 lies above the model's n_layers 2"),
+    "not a number": (["--sim-threshold", "high", "x"], "invalid float value: 'high'"),
+    "no such policy": (["--policy", "nosuch", "--skip", "0.2", "x"], "no policy nosuch"),
+    "device": (["--device", "nosuch", "x"], "device nosuch is not available"),
+    "no settings file": (["--skip-config", "nosuch.json", "x"], "nosuch.json: not a file of skip settings"),
+    "skip for ffnskip": ([*SKIP, "--skip", "0.3", "x"], "these settings do not tell thresholds from ratios"),
+    "no such flag": (["--bogus", "x"], "unrecognized arguments: --bogus"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_one_line(case, capsys):
+    args, message = WRONG[case]
+    assert message in mistake(capsys, main, "--ckpt", CKPT, *args)
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        ("def make(model, skip, warm_up_index=None, tokens=None, seed=0)\n    pass\n", "mine.py, line 1: SyntaxError"),
+        ("def make(*args, **kwargs):\n    raise KeyError(args[1])\n", "mine.py, line 2: KeyError: 0.2"),
+        (
+            "def make(*args, **kwargs):\n    return lambda layers, x, step:\\\n        nosuch(x)\n",
+            "mine.py, line 3: NameError",
+        ),
+        ("def make(*args, **kwargs):\n    return lambda layers, x, step: None\n", "the policy returned nothing"),
+        ("import nosuch\n", "mine.py, line 1: ModuleNotFoundError: No module named 'nosuch'"),
+    ],
+)
+def test_a_mistake_in_a_policy_file_is_reported_with_its_line(code, message, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(code)
+    error = mistake(capsys, main, "--ckpt", CKPT, "--policy", f"{tmp_path}/mine.py:make", "--skip", "0.2", "x")
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    "raised, code, printed",
+    [
+        (ValueError("first\nsecond"), 1, "error: first\n"),
+        (ValueError(), 1, "error: ValueError\n"),
+        (MemoryError(), 1, "error: MemoryError\n"),
+        (FileNotFoundError(2, "No such file", "a.txt"), 1, "error: [Errno 2] No such file: 'a.txt'\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (SystemExit(3), 3, ""),
+    ],
+)
+def test_how_a_program_ends(raised, code, printed, capsys):
+    def ends(argv):
+        raise raised
+
+    assert status(ends) == code and capsys.readouterr().err == printed
+
+
+def test_a_mistake_of_ours_says_where(capsys):
+    def ends(argv):
+        return [].pop()
+
+    line = ends.__code__.co_firstlineno + 1
+    assert status(ends) == 1
+    assert capsys.readouterr().err == f"error: {__file__}, line {line}: IndexError: pop from empty list\n"
+    assert status(lambda argv: 5) == 5 and status(lambda argv: None) == 0
+
+
+def test_an_optional_package_that_is_missing_says_how_to_get_it():
+    with pytest.raises(ValueError, match="--plot: needs the package nosuch: pip install nosuch"):
+        common.import_optional("nosuch", "--plot")
+    assert common.import_optional("json", "x") is json
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_a_path_or_a_name_under_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints" / "mine").mkdir(parents=True)
+    assert common.find_checkpoint("mine").resolve() == tmp_path / "checkpoints" / "mine"
+    assert common.find_checkpoint(str(tmp_path)) == tmp_path
+    with pytest.raises(ValueError, match="no checkpoint at yours or checkpoints/yours"):
+        common.find_checkpoint("yours")
+
+
+def test_the_first_difference_by_hand():
+    assert first_difference([1, 2, 3], [1, 2, 4]) == 2 and first_difference([5], [6]) == 0
+    assert first_difference([1, 2], [1, 2, 3]) == 2 and first_difference([1, 2, 3], [1]) == 1
+    assert first_difference([], [1]) == 0 and first_difference([1, 2], [1, 2]) == 2
+
+
+def test_a_table_has_its_first_column_at_the_left_and_the_others_at_the_right():
+    assert common.table([["policy", "kl"], ["a", "10.25"], ["longer name", "1"]]) == [
+        "policy          kl",
+        "a            10.25",
+        "longer name      1",
+    ]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_bytes_that_a_token_reads_are_all_weights_but_the_embeddings(tied):
+    model = tiny_model(tie_word_embeddings=tied, dtype=torch.bfloat16)
+    parts = common.weight_bytes(model)
+    everything = 2 * sum(weight.numel() for weight in model.parameters())
+    embeddings = 2 * 31 * 16  # read as the head where they are tied
+    assert sum(parts.values()) == everything - (0 if tied else embeddings)
+    assert parts["head"] == embeddings and parts["feed_forward"] == 2 * 4 * 3 * 16 * 24
+    assert parts["attention"] == 2 * 4 * (2 * 16 * 16 + 2 * 16 * 8) and parts["norms"] == 2 * 9 * 16
+
+
+def test_progress_gives_the_items():
+    assert list(common.progress([1, 2, 3], "label")) == [1, 2, 3]

@@ -1,0 +1,93 @@
+"""experiments/readers.py: every format that a data set comes in, and files that are none of them."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import readers
+from tiny import STORY, write_csv, write_data, write_jsonl
+
+
+def test_questions_in_all_formats(tmp_path):
+    file = tmp_path / "q.txt"
+    file.write_text("Who? | ghana \n\nWhat | a|b\n")
+    assert readers.load_questions(file) == [("Who?", ["ghana"]), ("What", ["a", "b"])]
+    answers = [dict(AnswersMid="m.1", AnswersName=["the who"]), dict(AnswersMid="m.2", AnswersName=["who"])]
+    freebase = dict(Questions=[dict(RawQuestion="Band?", Parses=[dict(Answers=answers), dict(Answers=answers[:1])])])
+    trivia = dict(Data=[dict(Question="Sea?", Answer=dict(Value="Red", Aliases=["Red", "Red Sea"]))])
+    file = tmp_path / "q.json"
+    file.write_text(json.dumps(freebase))
+    assert readers.load_questions(file) == [("Band?", ["the who", "who"])]
+    file.write_text(json.dumps(trivia))
+    assert readers.load_questions(file) == [("Sea?", ["Red", "Red", "Red Sea"])]
+
+
+def test_mmlu_with_and_without_header(tmp_path):
+    write_data(tmp_path)
+    subjects = readers.load_mmlu(tmp_path / "mmlu", SimpleNamespace(subjects=None))
+    assert list(subjects) == ["anatomy", "sociology"]
+    shots, questions = subjects["anatomy"]
+    assert shots == questions and shots[2] == ("anatomy, 2?", ["red", "green", "blue", "grey"], "C")
+    assert list(readers.load_mmlu(tmp_path / "mmlu", SimpleNamespace(subjects=["sociology"]))) == ["sociology"]
+
+
+def test_mmlu_without_the_subject(tmp_path):
+    write_data(tmp_path)
+    with pytest.raises(ValueError, match="mmlu/test:1: no law_test.csv"):
+        readers.load_mmlu(tmp_path / "mmlu", SimpleNamespace(subjects=["law"]))
+    with pytest.raises(ValueError, match="test:1: no SUBJECT_test.csv"):
+        readers.load_mmlu(tmp_path, SimpleNamespace(subjects=None))
+
+
+def test_stories_in_both_formats(tmp_path):
+    write_data(tmp_path)
+    stories = readers.load_stories(tmp_path / "stories.csv")
+    assert len(stories) == 3 and stories[0] == (STORY * 2, "A fox jumps.")
+    write_csv(tmp_path / "cnn.csv", ["id", "article", "highlights"], ["1", "Long\nstory.", "Short."])
+    assert readers.load_stories(tmp_path / "cnn.csv") == [("Long\nstory.", "Short.")]
+    record = dict(query="?", docs=["One.", "Two."], result=dict(text="1####Both."))
+    write_jsonl(tmp_path / "stories.jsonl", record, dict(article="A.", highlights="B."))
+    assert readers.load_stories(tmp_path / "stories.jsonl") == [("One.\n\nTwo.", "Both."), ("A.", "B.")]
+
+
+def test_text_and_prompts(tmp_path):
+    write_data(tmp_path)
+    assert readers.load_text(tmp_path / "text.raw") == STORY * 12
+    assert readers.load_text(tmp_path / "c4.jsonl") == "\n\n".join(f"{i} {STORY}" for i in range(3))
+    assert [len(record["turns"]) for record in readers.load_prompts(tmp_path / "question.jsonl")] == [2, 2]
+    assert [record["text"][0] for record in readers.load_prompts(tmp_path / "c4.jsonl")] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    "load, name, text, line",
+    [
+        (readers.load_questions, "q.txt", "a | b\nno answer\n", 2),
+        (readers.load_questions, "q.txt", "", 1),
+        (readers.load_questions, "q.json", '{"Questions": [\n{]}', 2),
+        (readers.load_questions, "q.json", '{"Questions": [{}]}', 1),
+        (readers.load_text, "t.jsonl", '{"text": "a"}\n{"txt": "b"}\n', 2),
+        (readers.load_text, "t.jsonl", '{"text": "a"}\nb\n', 2),
+        (readers.load_text, "t.raw", " \n", 1),
+        (readers.load_prompts, "p.jsonl", '{"text": "a"}\n\n[1]\n', 3),
+        (readers.load_prompts, "p.jsonl", '{"turns": null}\n', 1),
+        (readers.load_stories, "s.csv", "text,y\nx,z\nx\n", 3),
+        (readers.load_stories, "s.csv", "", 1),
+        (readers.load_stories, "s.jsonl", '{"docs": "a"}\n', 1),
+        (readers.load_stories, "s.jsonl", '{"docs": "a", "y": "b"}\n\n{"docs": "a"}\n', 3),
+        (readers.mmlu_questions, "m.csv", "q,a,b,c,d,A\nq,a,b,c,D\n", 2),
+        (readers.mmlu_questions, "m.csv", "q,a,b,c,d,E\n", 1),
+        (readers.mmlu_questions, "m.csv", '"q\n2",a,b,c,d,A\nq,a,b,c,d,5\n', 3),
+    ],
+)
+def test_bad_files_are_named_with_the_line(tmp_path, load, name, text, line):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / name)
+    assert str(error.value).startswith(f"{tmp_path / name}:{line}: ")
+
+
+@pytest.mark.parametrize("load, name", [(readers.load_text, "t.raw"), (readers.load_questions, "q.txt")])
+def test_bad_bytes_are_named_with_their_file(tmp_path, load, name):
+    (tmp_path / name).write_bytes("na\u00efve | x\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{name}: not UTF-8 text"):
+        load(tmp_path / name)

@@ -1,0 +1,305 @@
+"""experiments/tasks.py on a tiny model: the metrics, the paper's prompts, and each task against plain computation."""
+
+import json
+from types import SimpleNamespace
+
+import baselines
+import pytest
+import tasks
+import torch
+from readers import load_mmlu
+from tasks import Context
+from tiny import STORY, Bytes, close, tiny_model, write_data
+
+from common import first_difference
+from generate import generate
+from model import KVCache, dense
+from skip import FFNSkip, Trace
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_normalise():
+    assert tasks.normalise("  The  Beatles! ") == tasks.normalise("beatles") == "beatles"
+    assert tasks.normalise("A Tale of Two-Cities") == "tale of two cities"
+    assert tasks.normalise("than") == "than"  # articles are words, not letters
+
+
+def test_rouge_l_by_hand():
+    assert tasks.rouge_l("The cat sat.", "the cat sat") == 1
+    assert tasks.rouge_l("police killed the gunman", "police kill the gunman") == pytest.approx(0.75)  # Lin 2004, S2
+    assert tasks.rouge_l("the gunman kill police", "police kill the gunman") == pytest.approx(0.5)  # Lin 2004, S3
+    assert tasks.rouge_l("a b c d", "b d") == pytest.approx(2 * 1 * 0.5 / 1.5)
+    assert tasks.rouge_l("the the the", "the") == tasks.rouge_l("the", "the the the") == 0.5  # a word matches once
+    assert tasks.rouge_l("", "x") == tasks.rouge_l("y", "x") == 0
+
+
+def test_repetition_by_hand():
+    assert tasks.distinct_n([1, 2, 1, 2, 1], 2) == 2 / 4
+    assert tasks.distinct_n([1, 2, 3], 1) == tasks.distinct_n([1], 2) == 1
+    assert tasks.longest_loop([1, 2, 3, 4]) == 0
+    assert tasks.longest_loop([9, 7, 7, 8]) == 0  # twice is no loop
+    assert tasks.longest_loop([9, 7, 7, 7, 8]) == 3
+    assert tasks.longest_loop([0, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 5]) == 10
+    assert tasks.longest_loop([1, 2, 3, 1, 2, 3, 1, 2]) == 0  # not yet three times
+
+
+def test_counts_and_ratios_by_hand():
+    ran = torch.tensor([[1, 1, 1, 0, 1], [1, 1, 0, 0, 1]]).bool()  # (2 layers, 5 tokens)
+    token_index, policy = torch.tensor([-1, 0, 1, 2, 3]), SimpleNamespace(warm_up_index=1)
+    assert tasks.count_blocks(ran, token_index, policy, Context()) == [2, 4, 3, 8]
+    assert tasks.count_blocks(ran, token_index, dense, Context(warm_up_index=0)) == [3, 6, 3, 8]  # dense has none
+    both = tasks.count_blocks(ran[:, None].expand(2, 3, 5), token_index.expand(3, 5), policy, Context())
+    assert both == [6, 12, 9, 24]  # of three rows
+    assert tasks.ratios([[2, 4, 3, 8], [0, 4, 0, 8]]) == dict(ffn_skip_ratio=2 / 8, ffn_saved_ratio=3 / 16)
+    assert tasks.ratios([[0, 0, 1, 8]]) == dict(ffn_skip_ratio=None, ffn_saved_ratio=1 / 8)
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+# As the paper prints them (sections 4.2 and 4.3), where \n\n has blanks around it that only set it apart.
+PAPER_CHAT = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: <QUESTION> ASSISTANT:"
+)
+PAPER_SUMMARY = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: Summarize the given story in less than 150 words while "
+    "preserving high coherence, consistency, fluency, and relevance.\n\n<STORY> ASSISTANT:"
+)
+
+
+@pytest.fixture
+def prompted(monkeypatch):
+    """The text of every prompt that is written on from then on."""
+    texts, write_texts = [], tasks.write_texts
+
+    def keep(model, tokenizer, policy, prompts, *args, **kwargs):
+        texts.extend(map(tokenizer.decode, prompts))
+        return write_texts(model, tokenizer, policy, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(tasks, "write_texts", keep)
+    return texts
+
+
+def test_the_prompts_are_those_of_the_paper(model, prompted, tmp_path):
+    question = "How can I improve my time management skills?"  # the paper's example
+    context = Context(max_new_tokens=4, answers=tmp_path / "answers.jsonl")
+    tasks.mtbench(model, Bytes(), dense, [dict(question_id=1, turns=[question])], context)
+    assert prompted.pop() == PAPER_CHAT.replace("<QUESTION>", question)
+    tasks.collapse(model, Bytes(), dense, [dict(turns=[question, "And then?"])], context)
+    assert prompted.pop() == PAPER_CHAT.replace("<QUESTION>", question)  # the first turn
+    context.answers = tmp_path / "summaries.jsonl"
+    tasks.summarize(model, Bytes(), dense, [(STORY, "A fox jumps.")], context)
+    assert prompted.pop() == PAPER_SUMMARY.replace("<STORY>", STORY) and not prompted
+
+
+def test_two_turns_in_the_papers_prompt_and_in_the_checkpoints_own():
+    text = Bytes().decode(tasks.chat_ids(Bytes(), ["One?", "Yes.", "Two?"], Context()))
+    assert text == PAPER_CHAT.replace("<QUESTION>", "One?") + " Yes. USER: Two? ASSISTANT:"
+    own = Bytes().decode(tasks.chat_ids(Bytes(), ["One?", "Yes.", "Two?"], Context(chat=True)))
+    assert own == "[user] One?\n[assistant] Yes.\n[user] Two?\n"
+
+
+def test_a_prompt_from_text_is_its_first_tokens():
+    assert tasks.prompt_ids(Bytes(), dict(text=STORY), Context(prompt_tokens=16)) == list(STORY.encode()[:16])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_second_turn_of_mtbench_is_asked_after_the_first_and_its_answer(model, tmp_path, chat):
+    policy = FFNSkip(1, 5, 0.9, warm_up_index=4, k=1)
+    context = Context(max_new_tokens=12, chat=chat, answers=tmp_path / "answers.jsonl")
+
+    def answer(prompt):
+        ids = generate(model, Bytes().encode(prompt), 12, policy, eos_ids=Bytes.eos_ids)
+        return Bytes().decode(ids).split("USER:")[0].strip()
+
+    if chat:
+        first = answer("[user] Say 81.\n")
+        second = answer(f"[user] Say 81.\n[assistant] {first}\n[user] Say it again.\n")
+        alone = answer("[user] Say it again.\n")
+    else:
+        prompt = PAPER_CHAT.replace("<QUESTION>", "Say 81.")
+        first = answer(prompt)
+        second = answer(f"{prompt} {first} USER: Say it again. ASSISTANT:")
+        alone = answer(PAPER_CHAT.replace("<QUESTION>", "Say it again."))
+    assert second != alone  # else the test shows nothing
+    records = [dict(question_id=81, turns=["Say 81.", "Say it again."])]
+    row = tasks.mtbench(model, Bytes(), policy, records, context)
+    (written,) = map(json.loads, context.answers.read_text().splitlines())
+    assert written["choices"] == [dict(index=0, turns=[first, second])] and written["model_id"] == "answers"
+    assert row["answers"] == 1 and row["ffn_saved_ratio"] > 0
+
+
+# --- tasks against plain computation ----------------------------------------------------------------------------------
+
+
+def test_perplexity_by_hand(model):
+    policy, context = FFNSkip(1, 5, 0.9, warm_up_index=4, k=1), Context(limit=128, window=64, first=5)
+    result = tasks.perplexity(model, Bytes(), policy, STORY * 4, context)
+    tokens = torch.tensor(Bytes().encode(STORY * 4)[:128]).view(2, 64)
+    trace = Trace()
+    p, q = (model(tokens, policy=way, trace=t).softmax(-1)[:, :-1] for way, t in ((policy, trace), (None, None)))
+    loss = -p.gather(2, tokens[:, 1:, None])[:, :, 0].log()
+    assert result["perplexity"] == pytest.approx(loss.mean().exp().item(), rel=1e-4)
+    assert result["perplexity_past_warm_up"] == pytest.approx(loss[:, 5:].mean().exp().item(), rel=1e-4)
+    assert result["kl"] == pytest.approx((q * (q / p).log()).sum(-1)[:, 5:].mean().item(), rel=1e-3)
+    assert result["top1_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1))[:, 5:].double().mean().item())
+    assert result["ffn_skip_ratio"] == trace.ffn_skip_ratio(4) > 0.1
+    assert result["ffn_saved_ratio"] == trace.ffn_saved_ratio()
+    assert result["tokens"] == 128 and result["tokens_compared"] == 2 * (63 - 5) and result["holes_read"] == 0
+    with pytest.raises(ValueError, match="do not fill"):
+        tasks.perplexity(model, Bytes(), policy, "short", context)
+
+
+@pytest.mark.parametrize("name", ["dense", "ffnskip", "random", "earlyexit"])
+def test_parallel_and_token_by_token_agree(model, name):
+    policy = {
+        "dense": dense,
+        "ffnskip": FFNSkip(1, 5, 0.9, 4, k=1),
+        "random": baselines.RandomSkip(model, 0.3),
+        "earlyexit": baselines.EarlyExit(False, baselines.similarity, 0.8, warm_up_index=4),
+    }[name]
+    results, lengths = [], []
+    model.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].size(1)))
+    for decode in False, True:
+        context = Context(limit=64, window=64, first=5, decode=decode)
+        results.append(tasks.perplexity(model, Bytes(), policy, STORY, context))
+    assert lengths == [64, 64] + [64] + [1] * 64  # after the dense model's own pass
+    assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-6)
+    assert (results[0]["kl"] > 0.01) == (name != "dense")
+    assert (results[0]["holes_read"] > 0) == (name == "earlyexit")
+
+
+def test_the_holes_that_are_read_are_a_share_of_what_is_read(model):
+    policy = baselines.EarlyExit(False, baselines.similarity, 0.8, warm_up_index=4)
+    result = tasks.perplexity(model, Bytes(), policy, STORY, Context(limit=64, window=64))
+    cache, trace = KVCache(model.args, 1, 64), Trace()
+    model(torch.tensor([Bytes().encode(STORY)[:64]]), cache, policy, trace=trace)
+    read, missing = 0, 0
+    for layer, _, token in trace.ran.nonzero().tolist():  # a token that ran in a layer reads all columns up to its own
+        read += token + 1
+        missing += (~cache.written[layer, 0, :token]).sum().item()
+    assert result["holes_read"] == pytest.approx(missing / read) and missing > 0
+
+
+@pytest.mark.parametrize("name", ["ffnskip", "random", "shortgpt", "earlyexit"])
+def test_shared_prefix_is_what_each_prompt_alone_would_give(model, name):
+    prompts = [Bytes().encode(STORY[:40] + rest) for rest in ("one", "another one", "two", "six")]
+    if name == "ffnskip":
+        policy = FFNSkip(1, 5, 0.9, 4, k=1)
+    elif name == "earlyexit":
+        policy = baselines.EarlyExit(False, baselines.similarity, 0.8, warm_up_index=4)
+    else:
+        policy = baselines.POLICIES[name](model, 0.3, warm_up_index=4, tokens=torch.tensor(prompts[0])[None])
+    seen = []
+    for group, tokens, cache in tasks.with_shared_prefix(model, policy, prompts, 1, Context(batch_size=2)):
+        logits = model(tokens, cache, policy, last_only=True)
+        for row, i in enumerate(group):
+            alone_cache = KVCache(model.args, 1, len(prompts[i]))
+            alone = model(torch.tensor([prompts[i]]), alone_cache, policy)
+            assert close(logits[row, 0], alone[0, -1], 1e-4)
+            assert torch.equal(cache.written[:, row, : len(prompts[i])], alone_cache.written[:, 0])
+            assert tokens.size(1) == len(prompts[i]) - 40  # the common beginning ran once
+            seen.append(i)
+        assert len({len(prompts[i]) for i in group}) == 1 and len(group) <= 2
+    assert sorted(seen) == [0, 1, 2, 3]
+
+
+def test_factoid_answers_are_greedy_up_to_the_end_of_the_line(model):
+    """And right if they are any alias, whatever the capitals, articles and punctuation of both."""
+    policy = FFNSkip(1, 5, 0.9, 25, k=1)
+    prompts = [Bytes().encode(f"{tasks.SHOTS}Question: {q}\nAnswer:") for q in ("Fox?", "Bee?")]
+    ids = [list(generate(model, p, 16, policy, prompt_len=0)) for p in prompts]
+    end = next(i for i in ids[0][1:] if i not in (ids[0][0], ids[0][-1], *ids[1]))  # the second answer never ends
+    tokenizer = Bytes()
+    tokenizer.decode = lambda ids: "".join("\n" if i == end else chr(97 + i % 26) for i in ids)
+    lines = [tokenizer.decode(row).strip().split("\n")[0] for row in ids]
+    assert 0 < len(lines[0]) < len(tokenizer.decode(ids[0]).strip())
+    context = Context(batch_size=2)
+    for alias in lines[0], f"The {lines[0].title()}!", lines[0].upper() + ".":
+        questions = [("Fox?", ["x", alias]), ("Bee?", ["y"])]
+        right = tasks.factoid(model, tokenizer, policy, questions, context)
+        assert right["exact_match"] == right["answer_within"] == 0.5
+    assert right["questions"] == 2 and right["ffn_skip_ratio"] > 0.05
+    part = [("Fox?", [lines[0][1:]]), ("Bee?", ["y"])]
+    assert tasks.factoid(model, tokenizer, policy, part, context)["exact_match"] == 0
+
+
+def test_an_alias_within_an_answer_is_a_whole_word(model):
+    tokenizer = Bytes()
+    tokenizer.decode = lambda ids: " the Red-Planet, Mars\n"
+    for alias, exact, within in ("Mars", 0, 1), ("RED PLANET", 0, 1), ("plan", 0, 0), ("A red planet: Mars.", 1, 1):
+        result = tasks.factoid(model, tokenizer, dense, [("Which?", ["no", alias])], Context())
+        assert (result["exact_match"], result["answer_within"]) == (exact, within)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_mmlu_takes_the_likeliest_letter(tmp_path, seed):
+    model = tiny_model(seed, n_layers=6, vocab_size=128, max_seq_len=1024)
+    write_data(tmp_path)
+    subjects = load_mmlu(tmp_path / "mmlu", SimpleNamespace(subjects=["sociology"]))
+    shots, questions = subjects["sociology"]
+    questions[:] = [(q, c, "A") for q, c, _ in questions]  # else a model that always says the same is a quarter right
+    policy = FFNSkip(1, 5, 0.9, 25, k=1)
+
+    def ask(q, c):
+        return f"{q}\nA. {c[0]}\nB. {c[1]}\nC. {c[2]}\nD. {c[3]}\nAnswer:"
+
+    head = "The following are multiple choice questions (with answers) about sociology.\n\n"
+    head += "".join(f"{ask(q, c)} {a}\n\n" for q, c, a in shots)
+    right = []
+    for q, c, a in questions:
+        logits = model(torch.tensor([Bytes().encode(head + ask(q, c))]), policy=policy)[0, -1]
+        right.append(max("ABCD", key=lambda letter: logits[ord(letter)].item()) == a)
+    result = tasks.mmlu(model, Bytes(), policy, subjects, Context())
+    assert result["all"] == result["social_sciences"] == sum(right) / 4 and result["stem"] is None
+    assert result["questions"] == 4 and result["ffn_skip_ratio"] > 0.05
+
+
+def test_mmlu_leaves_out_solved_questions_that_do_not_fit():
+    shots = [("Solved?", ["1", "2", "3", "4"], "B")] * 5
+    questions = [("To solve?", ["1", "2", "3", "4"], "A")]
+    longest = max(map(len, tasks.mmlu_prompts(Bytes(), "law", shots, questions, 10**6)))
+    (prompt,) = tasks.mmlu_prompts(Bytes(), "law", shots, questions, longest - 1)
+    text = Bytes().decode(prompt)
+    assert text.count("Solved?") == 4 and text.count("Answer: B") == 4 and text.endswith("D. 4\nAnswer:")
+
+
+def test_mmlu_has_57_subjects():
+    assert sum(len(names.split()) for names in tasks.CATEGORIES.values()) == 19 + 13 + 12  # and 13 "other"
+
+
+def test_collapse_by_hand(model):
+    policy = FFNSkip(1, 5, 0.9, warm_up_index=4, k=1)
+    prompt = Bytes().encode(STORY)[:16]
+    texts = [list(generate(model, prompt, 60, way)) for way in (dense, policy)]
+    assert texts[0] != texts[1]
+    context = Context(max_new_tokens=60, prompt_tokens=16)
+    result = tasks.collapse(model, Bytes(), policy, [dict(text=STORY)], context)
+    assert result["parts_from_dense"] == first_difference(*texts) < 60
+    assert result["longest_loop"] == tasks.longest_loop(texts[1])
+    assert result["looping"] == (tasks.longest_loop(texts[1]) >= 32)
+    assert result["distinct_2"] == tasks.distinct_n(texts[1], 2) and result["tokens"] == 60
+    assert tasks.collapse(model, Bytes(), dense, [dict(text=STORY)], context)["parts_from_dense"] == 60
+
+
+def test_worstcase_by_hand(model):
+    policy = FFNSkip(1, 5, 0.97, warm_up_index=4, k=1)
+    result = tasks.worstcase(model, Bytes(), policy, [dict(text=STORY)], Context(max_new_tokens=80, prompt_tokens=16))
+    trace = Trace()
+    list(generate(model, Bytes().encode(STORY)[:16], 80, policy, trace=trace))
+    never, index = trace.ran[:, 0].all(0), trace.token_index[0]
+    assert result["never"] == never[index > 4].double().mean()
+    assert 0 < result["never_below_64"] == never[(index > 4) & (index < 64)].double().mean() < 1
+    assert result["never_below_80"] == never[index >= 64].double().mean()
+
+
+def test_summaries_are_scored_by_the_length_of_their_story(model, tmp_path):
+    stories = [("word " * n, "Words.") for n in (470, 471, 790, 791)]
+    context = Context(max_new_tokens=8, batch_size=3, answers=tmp_path / "a.jsonl")
+    row = tasks.summarize(model, Bytes(), dense, stories, context)
+    assert (row["n_small"], row["n_medium"], row["n_large"]) == (1, 2, 1)
+    answers = [json.loads(line) for line in context.answers.read_text().splitlines()]
+    assert [answer["words"] for answer in answers] == [470, 471, 790, 791]
+    assert row["rouge_l"] == pytest.approx(sum(tasks.rouge_l(a["summary"], "Words.") for a in answers) / 4)
