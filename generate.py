@@ -132,7 +132,7 @@ class Generation:
     def __init__(self, name, policy, model, tokenizer, prompts, options):
         self.name, self.policy, self.model, self.tokenizer, self.prompts = name, policy, model, tokenizer, prompts
         self.planned = options.skip if policy is not dense else None
-        self.trace, self.times = Trace(), []
+        self.trace, self.times = Trace(cosines=options.trace is not None), []
         self.ids = [[] for _ in prompts]
         self.pieces = [[] for _ in prompts]  # the text of each token
         self.streams = [TextStream(tokenizer, prompt) for prompt in prompts]

@@ -112,7 +112,7 @@ def measure(model, windows, warm_up_index):
     everything = FFNSkip(0, model.args.n_layers, math.inf, warm_up_index)  # measures every layer, skips none
     cosines = []
     for ids, prompt_len in progress(windows, "measuring"):
-        trace = Trace()
+        trace = Trace(cosines=True)
         model(as_tokens(model, ids), policy=everything, prompt_len=prompt_len, trace=trace, last_only=True)
         cosines.append(trace.cosine[:, 0, trace.token_index[0] > warm_up_index].T)
         check_finite(cosines[-1])

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn import RMSNorm  # Zhang and Sennrich 2019; computes in float32 whatever the dtype of its input
 
-from one_row import matrix_vector, scaled_dot_product_attention
+from one_row import Linear, RMSNorm, linear, products, scaled_dot_product_attention
 
 
 @dataclass
@@ -150,10 +149,10 @@ class Attention(nn.Module):
     def __init__(self, args, layer_id):
         super().__init__()
         self.args, self.layer_id = args, layer_id
-        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.wq = Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
     def write_kv(self, x, step, active=None):
         """Write the keys and values of x, (batch, seq, dim) after its norm; return the layer's, from column 0 on."""
@@ -179,9 +178,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w1 = Linear(args.dim, args.hidden_dim, bias=False)
+        self.w2 = Linear(args.hidden_dim, args.dim, bias=False)
+        self.w3 = Linear(args.dim, args.hidden_dim, bias=False)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -242,12 +241,12 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(Block(args, layer_id) for layer_id in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = None if args.tie_word_embeddings else nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.output = None if args.tie_word_embeddings else Linear(args.dim, args.vocab_size, bias=False)
 
     def logits(self, x):
         """fp32 logits (batch, seq, vocab) of the residual stream x (batch, seq, dim), at any depth."""
         x = self.norm(x)
-        return (F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)).float()
+        return (linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)).float()
 
     @torch.no_grad()
     def forward(self, tokens, cache=None, policy=None, prompt_len=0, pad=None, trace=None, last_only=False):
@@ -267,7 +266,7 @@ class Transformer(nn.Module):
         cache.check(tokens, weight, pad)
         cache.pad = pad
         step = self.prepare(tokens, cache, prompt_len, trace)
-        with matrix_vector(rows=tokens.numel()):
+        with products(tokens.numel(), weight.dtype):
             with torch.inference_mode():  # less bookkeeping than no_grad; the logits, outside, remain plain tensors
                 x = self.tok_embeddings(tokens)  # (1, 1) -> (1, 1, 576)
                 x = (policy or dense)(self.layers, x, step)

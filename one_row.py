@@ -1,22 +1,34 @@
 """
-One row on a CPU: decoding a single sequence multiplies one row at a time, and is bound by how fast weights are read.
-Without this file model.py would compute the same up to rounding, and slower.
+One row on a CPU. Decoding a single text is bound by how fast the weights are read, and which product reads fastest
+differs between CPUs by up to two times. It is chosen by dtype and by what the CPU can do, never by a clock, so that a
+machine always gives the same bits; `python experiments/bench.py --products` shows every way on yours. More rows, other
+devices and sharded weights are left to PyTorch; without this file model.py would compute the same up to rounding.
 """
 
 from contextlib import contextmanager
+from ctypes import c_float
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+
+AMX, AVX512_BF16 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+
+
+def way_of_one(dtype):
+    """How a row is multiplied: "mv", "native" or, where nothing else was measured, "linear", PyTorch's default."""
+    if dtype == torch.bfloat16 and AMX:
+        return "mv"  # oneDNN with the weights as the left matrix, as they lie: 1.3 times F.linear on a Xeon
+    if dtype == torch.bfloat16 and AVX512_BF16:
+        return "native"  # without oneDNN, whose product reads at half the speed of PyTorch's own on an EPYC
+    return "linear"
 
 
 @contextmanager
-def matrix_vector(rows):
-    """
-    For a forward pass of one row: where a CPU has bfloat16 instructions, PyTorch would hand the product to oneDNN's
-    matrix kernels, which read at a third of the speed of PyTorch's own matrix-vector product. Else nothing changes.
-    """
+def products(rows, dtype):
+    """For a forward pass of so many rows: without oneDNN where the way of one row is "native"."""
     before = torch.backends.mkldnn.enabled
-    if rows == 1:
+    if rows == 1 and way_of_one(dtype) == "native":
         torch.backends.mkldnn.enabled = False
     try:
         yield
@@ -24,15 +36,46 @@ def matrix_vector(rows):
         torch.backends.mkldnn.enabled = before
 
 
+def is_one_row(x):
+    return x.numel() == x.size(-1) and x.device.type == "cpu"
+
+
+def cosine_of_one(a, b):
+    """The cosine of two vectors as a number, in float32 whatever their dtype, without the dozen operations of F's."""
+    a, b = a.flatten().float(), b.flatten().float()
+    return c_float(torch.dot(a, b).item() / (torch.dot(a, a).item() * torch.dot(b, b).item()) ** 0.5).value
+
+
+def linear(x, weight):
+    if way_of_one(x.dtype) == "mv" and is_one_row(x) and type(weight) is nn.Parameter:
+        return torch.mv(weight, x.view(-1)).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root mean square norm (Zhang and Sennrich 2019), in float32 whatever the dtype of x."""
+
+    def forward(self, x):
+        if not is_one_row(x):
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        x32 = x.float()  # a dot product and two multiplications instead of ten operations
+        scale = (torch.dot(x32.view(-1), x32.view(-1)).item() / x.size(-1) + self.eps) ** -0.5
+        return (x32 * scale * self.weight).type_as(x)
+
+
 def scaled_dot_product_attention(q, k, v, mask, cache):
     """
-    PyTorch's, of q (batch, heads, seq, head_dim), except for one 16-bit query on a CPU where no heads share their keys:
-    its kernel multiplies that at a tenth of the memory's speed. There it is computed in float32, as many heads at a
-    time as the scratch memory has room for; the cache keeps that memory over the layers, since asking the system for it
-    again costs more than the copies.
+    PyTorch's, of q (batch, heads, seq, head_dim), except for one 16-bit query whose heads share no keys: without AMX
+    its kernel has a quarter of the speed of float32 copies, made for as many heads at a time as a scratch memory has
+    room for. The cache keeps that memory, since new memory costs more than the copies.
     """
-    single = q.size(0) == q.size(2) == 1 and q.size(1) == k.size(1)
-    if not single or q.dtype == torch.float32 or q.device.type != "cpu":
+    single = q.size(0) == q.size(2) == 1 and q.size(1) == k.size(1) and q.device.type == "cpu"
+    if not single or q.dtype == torch.float32 or AMX or not AVX512_BF16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     columns, head_dim = k.shape[2:]
     if cache.scratch is None:  # 2 MB each for keys and values, and always enough for one head

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from model import dense
+from one_row import cosine_of_one, is_one_row
 from tracing import Trace  # noqa: F401, for `from skip import FFNSkip, Trace`
 
 FULL = -1  # the skip_state of a token that runs in full, and is not compared
@@ -25,7 +26,8 @@ FULL = -1  # the skip_state of a token that runs in full, and is not compared
 @dataclass
 class FFNSkip:
     """
-    The policy `model(tokens, ..., policy=FFNSkip(...))`. Its arguments, those of Algorithm 1 first:
+    The policy `model(tokens, ..., policy=FFNSkip(...))`. Raises ValueError for settings that make no sense or, when
+    called, do not fit the number of layers. These are, Algorithm 1's first:
 
     cold_s, cold_e  layers outside [cold_s, cold_e) are cold: never skipped, their similarity never looked at
     sim_threshold   cosine from which on FFN blocks are skipped, one number or a list of one per layer; inf: dense
@@ -33,8 +35,6 @@ class FFNSkip:
     k               how many FFN blocks to skip once the threshold is reached; None: all up to cold_e
     recheck         after k blocks, compare again; False: the rest of the token runs in full
     full_every      past the warm-up, every full_every-th token runs in full; None: none does
-
-    Raises ValueError if a setting makes no sense, or (when called) does not fit the number of layers.
     """
 
     cold_s: int
@@ -55,6 +55,7 @@ class FFNSkip:
             raise ValueError(f"cold_s {self.cold_s} lies above cold_e {self.cold_e}")
         if type(self.recheck) is not bool:
             raise ValueError(f"recheck must be true or false, not {self.recheck!r}")
+        self.sim_threshold = list(self.sim_threshold) if isinstance(self.sim_threshold, tuple) else self.sim_threshold
         for value in self.thresholds(n_layers=1):
             if not isinstance(value, (int, float)) or math.isnan(value):
                 raise ValueError(f"sim_threshold must be a number, or a list of one per layer, not {value!r}")
@@ -68,11 +69,14 @@ class FFNSkip:
 
     def thresholds(self, n_layers):
         """sim_threshold as one number per layer."""
-        return self.sim_threshold if isinstance(self.sim_threshold, (list, tuple)) else [self.sim_threshold] * n_layers
+        return self.sim_threshold if isinstance(self.sim_threshold, list) else [self.sim_threshold] * n_layers
+
+    def threshold(self, layer):
+        return self.sim_threshold[layer.layer_id] if isinstance(self.sim_threshold, list) else self.sim_threshold
 
     def shifted(self, shift):
         """These settings with every threshold raised by `shift`."""
-        if isinstance(self.sim_threshold, (list, tuple)):
+        if isinstance(self.sim_threshold, list):
             return replace(self, sim_threshold=[value + shift for value in self.sim_threshold])
         return replace(self, sim_threshold=self.sim_threshold + shift)
 
@@ -102,7 +106,6 @@ class FFNSkip:
         on the host with one number per token: how many FFN blocks it still skips, 0 being the paper's False.
         """
         k = len(layers) if self.k is None else self.k                   # (None: skip up to cold_e)
-        thresholds = self.thresholds(len(layers))
         past_state = input_state                                        # past_state <- input_state
         for layer in layers[: self.cold_s]:                             # for <0 ... cold_s> do
             h = layer.add_attention(past_state, step)                   #     h <- past_state + attention(past_state)
@@ -113,11 +116,10 @@ class FFNSkip:
             active = self.active(skip_state, full.shape)                #     if skip_state == False then
             temp = layer.add_feed_forward(h, step, active)              #         temp <- h + feed_forward(h)
             sim_score = self.cosine(h, temp, layer, step, skip_state)   #         sim_score <- cosine(h, temp)
-            sim_threshold = thresholds[layer.layer_id]
             for i, n in enumerate(skip_state):
                 if n > 0:                                               #             (section 3.2: greedily skip k)
                     skip_state[i] = n - 1 if n > 1 or self.recheck else FULL
-                elif n == 0 and sim_score[i] >= sim_threshold:          #         if sim_score >= sim_threshold then
+                elif n == 0 and sim_score[i] >= self.threshold(layer):  #         if sim_score >= sim_threshold then
                     skip_state[i] = k                                   #             skip_state <- True
             past_state = temp                                           #         past_state <- temp
                                                                         #     else
@@ -133,12 +135,16 @@ class FFNSkip:
 
     def cosine(self, h, temp, layer, step, skip_state):
         """
-        The cosine of h and temp, (batch, seq, dim), of each token, as a list; None if no token is compared. In float32
-        always: next to 1 bfloat16 has steps of 0.004, coarser than the thresholds in use.
+        The cosine of h and temp, (batch, seq, dim), per token, as a list; in float32, since next to 1 bfloat16 has steps
+        of 0.004. Not computed where no token is compared, or none can reach the threshold and no trace asks for it.
         """
-        if 0 not in skip_state:
-            return None
-        sim_score = F.cosine_similarity(h.float(), temp.float(), dim=-1)  # (batch, seq, dim) -> (batch, seq)
+        asked = step.trace is not None and step.trace.cosines
+        if 0 not in skip_state or (self.threshold(layer) > 1.001 and not asked):
+            return [-math.inf] * len(skip_state)
+        if is_one_row(h):
+            sim_score = torch.tensor([cosine_of_one(h, temp)])
+        else:
+            sim_score = F.cosine_similarity(h.float(), temp.float(), dim=-1)  # (batch, seq, dim) -> (batch, seq)
         if step.trace is not None:
             step.trace.record_cosine(layer.layer_id, sim_score, [n == 0 for n in skip_state])
         return sim_score.flatten().tolist()

@@ -19,14 +19,16 @@ class Pass:
 
 class Trace:
     """
-    What ran: give one to `model(..., trace=trace)`, over as many forward passes as you like.
+    What ran: give one to `model(..., trace=trace)`, over as many forward passes as you like. Trace(cosines=True) asks
+    for the cosine also where it decides nothing, since no cosine reaches the threshold.
 
     .ran          (layer, batch, token) bool: the FFN block was executed; recorded where it is executed
     .cosine       (layer, batch, token) fp32: cosine before and after it, NaN where it was not measured
     .token_index  (batch, token): position - prompt_len, negative in the prompt and in padding
     """
 
-    def __init__(self):
+    def __init__(self, cosines=False):
+        self.cosines = cosines
         self.passes = []
 
     def begin(self, n_layers, token_index, real):

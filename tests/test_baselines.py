@@ -341,7 +341,7 @@ def test_checkerboard():
     policy = make("checkerboard", model, 0.3, -1)
     trace, _ = ran(model, policy, text(model))
     skipped = ~trace.ran[:, 0]  # (layer, token)
-    watch = Trace()
+    watch = Trace(cosines=True)
     model(text(model, 4, seed=9), policy=FFNSkip(0, 10, math.inf, warm_up_index=-1), trace=watch)
     changed_least = watch.cosine.mean((1, 2)).topk(6).indices.sort().values
     assert torch.equal(skipped.any(1).nonzero().flatten(), changed_least)

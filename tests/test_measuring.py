@@ -82,7 +82,7 @@ def test_windows_that_the_model_writes_are_its_prompts_and_what_it_drew():
 
 def test_cosines_are_measured_past_the_warm_up_and_generated_text_past_its_prompt():
     model, ids = tiny_model(), random_ids(12)
-    trace = Trace()
+    trace = Trace(cosines=True)
     model(torch.tensor([ids]), policy=FFNSkip(0, 4, math.inf, warm_up_index=2), trace=trace, prompt_len=5)
     measured = measure(model, [(ids, 5)], warm_up_index=2)
     assert torch.equal(measured, trace.cosine[:, 0, 8:].T) and measured.shape == (4, 4) and measured.isfinite().all()

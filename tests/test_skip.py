@@ -41,6 +41,7 @@ from tiny import (
 
 import skip as skip_py
 from model import dense
+from one_row import cosine_of_one
 from skip import FFNSkip, Trace
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def test_the_comment_column_is_the_printed_algorithm_line_for_line():
 
 def cosines(model, **text):
     """(layer, batch, token): the cosines of the dense model, NaN for padding and prompt."""
-    trace = Trace()
+    trace = Trace(cosines=True)
     model(**text, policy=FFNSkip(0, model.args.n_layers, math.inf, warm_up_index=-1), trace=trace)
     return trace.cosine
 
@@ -518,7 +519,7 @@ def test_the_cosine_is_that_of_the_residual_stream_in_float32(dtype):
 
 def test_a_threshold_is_reached_by_the_very_same_number():
     """Algorithm 1 tests >=. The authors' code tests >, which is >= the next number of a Python float."""
-    first = walk(FFNSkip(0, 3, math.inf, -1), [[0.95], [LOW], [LOW]], token_index=[0])
+    first = walk(FFNSkip(0, 3, 1.0, -1), [[0.95], [LOW], [LOW]], token_index=[0])
     cosine = first.cosine[0].item()
     for threshold, expected in (cosine, "#.."), (math.nextafter(cosine, 0), "#.."), (math.nextafter(cosine, 1), "###"):
         assert drawn(walk(FFNSkip(0, 3, threshold, -1), [[0.95], [LOW], [LOW]], token_index=[0])) == [expected]
@@ -532,6 +533,31 @@ def test_nothing_is_compared_once_every_token_skips():
         with mock.patch("skip.F.cosine_similarity", wraps=F.cosine_similarity) as cosine_similarity:
             walk(FFNSkip(1, 7, 0.9, warm_up_index), cosine, token_index=[0, 1])
         assert cosine_similarity.call_count == compared
+
+
+def test_what_no_cosine_can_reach_is_not_measured_unless_a_trace_asks():
+    """README: watching costs nothing where it decides nothing; a trace may want the cosine all the same."""
+    model, tokens = tiny_model(n_layers=4), torch.arange(5)[None]
+    skip = FFNSkip(0, 4, [2.0, 1.0, math.inf, 1.0005], warm_up_index=-1)
+    for chunks in [5], [1] * 5:
+        trace, asked = Trace(), Trace(cosines=True)
+        logits = run(model, tokens, chunks, policy=skip, trace=trace)
+        assert torch.equal(logits, run(model, tokens, chunks, policy=skip, trace=asked))
+        assert torch.equal(logits, run(model, tokens, chunks))
+        assert trace.cosine[[0, 2]].isnan().all() and trace.cosine[[1, 3]].isfinite().all()
+        assert torch.equal(asked.cosine[[1, 3]], trace.cosine[[1, 3]]) and asked.cosine.isfinite().all()
+
+
+@pytest.mark.parametrize("dim", [16, 576, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cosine_of_one_token_is_that_of_float64(dim, dtype):
+    """One token is compared by dot products, which are nearer to the exact cosine than F.cosine_similarity."""
+    draw = torch.Generator().manual_seed(dim)
+    for scale in 0.01, 0.1, 1, 100:
+        h = torch.randn(1, 1, dim, generator=draw).to(dtype)
+        temp = h + scale * torch.randn(1, 1, dim, generator=draw).to(dtype)
+        exact = F.cosine_similarity(h.double(), temp.double(), dim=-1).item()
+        assert cosine_of_one(h, temp) == pytest.approx(exact, abs=5e-7)
 
 
 @pytest.mark.parametrize("k", [1, 3])
