@@ -135,8 +135,8 @@ class FFNSkip:
 
     def cosine(self, h, temp, layer, step, skip_state):
         """
-        The cosine of h and temp, (batch, seq, dim), per token, as a list; in float32, since next to 1 bfloat16 has steps
-        of 0.004. Not computed where no token is compared, or none can reach the threshold and no trace asks for it.
+        The cosine of h and temp, (batch, seq, dim), per token, as a list; in float32: next to 1 bfloat16 has steps of
+        0.004. Not computed where no token is compared, or none can reach the threshold and no trace asks for it.
         """
         asked = step.trace is not None and step.trace.cosines
         if 0 not in skip_state or (self.threshold(layer) > 1.001 and not asked):

@@ -6,10 +6,12 @@ How fast it is: prefill and decode, dense and skipped, beside the bytes that mem
     python experiments/bench.py --shape 7B --layers 4               random weights: no file, and the speed of real ones
     python experiments/bench.py --peers                             and transformers and llama.cpp, where installed
     python experiments/bench.py --shape 7B --layers 4 --skip 0.3 --context 2048    cost of a token by cache length
+    python experiments/bench.py --products                          the ways to multiply one row, on this CPU
 
-variants, each with its own cache and the same tokens; they take turns at every token, and peers follow in each repeat:
+variants, each with its own cache and the same tokens; they take turns at every token, in an order drawn anew for each,
+and peers follow in each repeat:
   dense     every block runs
-  monitor   Algorithm 1 with sim_threshold=inf and no cold layers: the most that watching can cost
+  monitor   Algorithm 1 with sim_threshold=1.0005 and no cold layers: every layer is watched, and nothing is skipped
   fixed     blocks chosen in advance are left out, and nothing is measured: what skipping alone gives
   ffnskip   Algorithm 1 with k=1 and no cold layers, at exactly the ratio asked for: cosines are measured and read back
             as ever, but then a plan drawn by chance, the same as in `fixed`, says which of them reach the threshold. It
@@ -23,16 +25,18 @@ columns:
   of read          the same as a share of the bandwidth at which this run sums one large tensor (CUDA: copies one)
   speed-up, bound  over dense, and the most that the bytes not needed allow
   of saving        share of the time which that bound says can be saved, that was saved
+  of llama.cpp, of transformers  decode by the peer's, where it ran
   FLOPs saved      per token, as in Table 4: 2 for each weight of the feed-forward blocks left out
   memory           peak of the process (CUDA: of its tensors) before any peer is loaded
 """
 
 import csv
-import json
 import platform
 import random
 import re
 import shlex
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -48,7 +52,8 @@ from peers import make_peers
 import common
 from generate import peak_memory
 from load_weights import load_model
-from model import SIZES, FeedForward, KVCache, ModelArgs, Transformer
+from model import SIZES, KVCache, ModelArgs, Transformer
+from one_row import way_of_one
 from skip import FFNSkip, Trace
 
 VARIANTS = ["dense", "monitor", "fixed", "ffnskip"]
@@ -57,10 +62,12 @@ COLUMNS = dict(
     prefill_tokens_per_s=("prefill", "{:.1f}"), decode_tokens_per_s=("decode", "{:.2f}"), spread=("+-", "{:.1%}"),
     ms_per_step=("ms/step", "{:.2f}"), gb_per_s=("GB/s", "{:.2f}"), share_of_read=("of read", "{:.1%}"),
     speedup=("speed-up", "{:.3f}"), speedup_bound=("bound", "{:.3f}"), share_of_saving=("of saving", "{:.0%}"),
+    of_llama_cpp=("of llama.cpp", "{:.2f}"), of_transformers=("of transformers", "{:.2f}"),
     gflops_saved=("FLOPs saved", "{:.2f} G"),
 )  # fmt: skip
-FIELDS = "device threads dtype model batch prompt steps repeats compile read_gb_per_s peak_memory_bytes".split()
+FIELDS = "commit device threads dtype model batch prompt steps repeats read_gb_per_s peak_memory_bytes".split()
 FIELDS += ["readback_us", "versions", "command", *COLUMNS]
+WAYS = ["linear", "native", "mv"]  # see one_row.way_of_one
 
 
 def make_plan(n_layers, skip, tokens, batch=1, seed=0):
@@ -121,21 +128,13 @@ class Variant:
 def make_variants(model, options, columns):
     """The variants that the command line asks for, dense first, with `columns` of cache each."""
     n_layers, prompt = model.args.n_layers, options.prompt
-    policies = [("dense", None), ("monitor", FFNSkip(0, n_layers, float("inf"), warm_up_index=-1))]
+    policies = [("dense", None), ("monitor", FFNSkip(0, n_layers, sim_threshold=1.0005, warm_up_index=-1))]
     for skip in options.skip:
         if skip > 0:
             plan = make_plan(n_layers, skip, columns - prompt, options.batch, options.seed)
             policies += [("fixed", Planned(plan, monitored=False)), ("ffnskip", Planned(plan, monitored=True))]
     wanted = ["dense", *options.variants]
     return [Variant(name, model, policy, options.batch, prompt, columns) for name, policy in policies if name in wanted]
-
-
-def compile_blocks():
-    """
-    torch.compile for SwiGLU, once for all layers. Whole blocks would be compiled anew for each layer's number, norms
-    are a class of PyTorch's own, and Inductor generates no code for the rotary embedding's complex numbers.
-    """
-    FeedForward.forward = torch.compile(FeedForward.forward, dynamic=True)
 
 
 def random_model(options, device):
@@ -197,7 +196,7 @@ def measure(variants, peers, prompt, tokens, repeats, big):
                 runner.rewind()
                 runner.prefill[repeat] = timed(runner.forward, prompt)
             for i, token in enumerate(tokens.split(1, dim=1)):
-                for runner in group:
+                for runner in random.sample(group, len(group)):  # a fixed order moves results by several percent
                     runner.decode[repeat, i] = timed(runner.forward, token)
                 if group is variants:
                     bandwidth.append(plain_read(big))
@@ -233,6 +232,58 @@ def make_row(runner, base, bandwidth, start, end, options):
     )
 
 
+def add_peer_ratios(rows):
+    """Fill the columns that compare the rows, dicts of COLUMNS, with the peers among them."""
+    for peer, column in ("llama.cpp", "of_llama_cpp"), ("transformers", "of_transformers"):
+        speeds = {row["columns"]: row["decode_tokens_per_s"] for row in rows if row["variant"] == peer}
+        for row in rows:
+            row[column] = row["decode_tokens_per_s"] / speeds[row["columns"]] if row["columns"] in speeds else None
+
+
+def multiply(way, x, weight):
+    """x, (dim,), by a weight, in one of the WAYS."""
+    if way == "mv":
+        return torch.mv(weight, x)
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = way != "native"
+    out = torch.nn.functional.linear(x, weight)
+    torch.backends.mkldnn.enabled = before
+    return out
+
+
+def time_products(model, repeats=5):
+    """
+    Print microseconds per product of one row with the model's matrices, by shape and way, and for all of a token's; the
+    way that the rule takes is marked. Raises ValueError if it is more than 1.2 times slower than the best.
+    """
+    shapes = {}
+    for weight in [*model.parameters()]:
+        if weight.dim() == 2 and (weight is not model.tok_embeddings.weight or model.output is None):
+            shapes.setdefault(tuple(weight.shape), []).append(weight)
+    taken = way_of_one(model.tok_embeddings.weight.dtype)
+    lines = [["matrix", "per token", *[f"{way} *" if way == taken else way for way in WAYS]]]
+    totals = dict.fromkeys(WAYS, 0)  # seconds per token
+    for shape, weights in shapes.items():
+        x, seconds = torch.ones(shape[1], dtype=weights[0].dtype), {way: [] for way in WAYS}
+        for _ in range(repeats):
+            for way in random.sample(WAYS, len(WAYS)):
+                begin = time.perf_counter()
+                for weight in weights:
+                    multiply(way, x, weight)
+                seconds[way].append(time.perf_counter() - begin)
+        medians = {way: statistics.median(times) for way, times in seconds.items()}
+        cells = [f"{1e6 * medians[way] / len(weights):.0f} us" for way in WAYS]
+        lines.append([f"{shape[0]} x {shape[1]}", str(len(weights)), *cells])
+        for way in WAYS:
+            totals[way] += medians[way]
+    lines.append(["all", str(sum(map(len, shapes.values()))), *[f"{1e3 * totals[way]:.2f} ms" for way in WAYS]])
+    print(*common.table(lines), sep="\n")
+    best = min(totals, key=totals.get)
+    if totals[taken] > 1.2 * totals[best]:
+        slower = f"{totals[taken] / totals[best]:.2f} times slower than {best!r}"
+        raise ValueError(f"one row is multiplied by {taken!r}, {slower}: one_row.way_of_one needs a line for this CPU")
+
+
 def print_table(rows):
     lines = [[heading for heading, _ in COLUMNS.values()]]
     for row in rows:
@@ -265,6 +316,12 @@ def device_name(device):
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def commit():
+    """The first seven digits of the commit that is measured, with a + if files were changed since; "" outside git."""
+    words = ["git", "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
+    return subprocess.run(words, capture_output=True, text=True, cwd=HERE).stdout.strip()
+
+
 def names(text):
     return [part for part in text.split(",") if part]
 
@@ -287,7 +344,8 @@ def parse_args(argv):
     add("--repeats", type=positive, metavar="N", help="how often, prompt and all (default 5, with --context 1)")
     add("--context", type=positive, metavar="N", help="decode to N columns of cache, one row per doubling")
     add("--batch", type=positive, default=1, metavar="N", help="rows, which disagree about what to skip (default 1)")
-    add("--compile", action="store_true", help="torch.compile for SwiGLU, and nothing else; slow to start")
+    add("--threads", type=positive, metavar="N", help="threads of the CPU; default: PyTorch's own choice")
+    add("--products", action="store_true", help="time the ways to multiply one row instead, and judge the rule's")
     add("--out", type=Path, default=HERE / "results/bench.csv", help="CSV to append to (default results/bench.csv)")
     options = parser.parse_args(argv)
     for skip in options.skip:
@@ -308,20 +366,23 @@ def parse_args(argv):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     options = parse_args(argv)
-    check_out(options.out)
     torch.manual_seed(options.seed)
-    device = common.find_device(options.device)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    device = common.find_device("cpu" if options.products else options.device)
     if options.shape:
         model, name = random_model(options, device)
     else:
         ckpt = common.find_checkpoint(options.ckpt)
         model, name = load_model(ckpt, device, options.dtype), common.model_name(ckpt)
+    if options.products:
+        return time_products(model)
+    check_out(options.out)
     ends = [options.context or options.prompt + options.tokens]  # columns of the cache with which rows of the table end
+    if ends[0] > model.args.max_seq_len:
+        raise ValueError(f"{ends[0]} tokens are more than the model's max_seq_len {model.args.max_seq_len}")
     while options.context and ends[0] // 2 > options.prompt:
         ends.insert(0, ends[0] // 2)
     variants = make_variants(model, options, columns=ends[-1])
-    if options.compile:
-        compile_blocks()
     tokens = torch.randint(model.args.vocab_size, (options.batch, ends[-1]))
     prompt, tokens = tokens[:, : options.prompt], tokens[:, options.prompt :]
 
@@ -339,21 +400,23 @@ def main(argv=None):
     for runner in [*variants, *peers]:
         for start, end in zip([options.prompt, *ends], ends):
             rows.append(make_row(runner, variants[0], bandwidth, start, end, options))
+    add_peer_ratios(rows)
     read_back = sorted(timed(big[0, :1].tolist) for _ in range(101))[50]  # what a layer's monitoring costs at least
     dtype = model.tok_embeddings.weight.dtype
     versions = [f"python {platform.python_version()}", f"torch {torch.__version__}", *(peer.version for peer in peers)]
     about = dict(
-        device=device_name(device), threads=torch.get_num_threads(), dtype=str(dtype).removeprefix("torch."),
-        model=name, batch=options.batch, prompt=options.prompt, steps=tokens.size(1), repeats=repeats,
-        compile=options.compile, read_gb_per_s=bandwidth / 1e9, peak_memory_bytes=memory, readback_us=1e6 * read_back,
-        versions=", ".join(versions), command=shlex.join(["python", "experiments/bench.py", *argv]),
+        commit=commit(), device=device_name(device), threads=torch.get_num_threads(),
+        dtype=str(dtype).removeprefix("torch."), model=name, batch=options.batch, prompt=options.prompt,
+        steps=tokens.size(1), repeats=repeats, read_gb_per_s=bandwidth / 1e9, peak_memory_bytes=memory,
+        readback_us=1e6 * read_back, versions=", ".join(versions),
+        command=shlex.join(["python", "experiments/bench.py", *argv]),
     )
     print_table(rows)
     print("{model}, {dtype}, batch {batch}, prompt {prompt}, {device}, {threads} threads".format(**about))
     peak = "peak memory unknown" if memory is None else f"peak memory {memory / 1e9:.2f} GB"
     print("plain read {read_gb_per_s:.1f} GB/s; one read-back {readback_us:.1f} us; ".format(**about) + peak)
     save(options.out, [about | row for row in rows])
-    print(json.dumps(about | dict(rows=rows)))
+    print(common.to_json(about | dict(rows=rows)))
 
 
 if __name__ == "__main__":

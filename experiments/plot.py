@@ -112,7 +112,7 @@ def by_position(figure, rows):
 
 def speed(figure, rows):
     """Speed-up over the share of FFN blocks skipped, one panel per model, dtype and device, with the bound by bytes."""
-    rows = [row for row in rows if row["batch"] == 1 and row["compile"] == "False"]
+    rows = [row for row in rows if row["batch"] == 1]
     for row in rows:
         row["kind"] = f"{row['model']}, {row['dtype']}, {row['device']}"
     kinds = dict.fromkeys(row["kind"] for row in rows if row["ffn_skip_ratio"])
@@ -197,12 +197,13 @@ def table(rows, column, by_bytes):
 
 
 def speed_table(rows, name):
-    """Print bench.py's rows for models with `name` in theirs, with batch 1 and not compiled, as Markdown tables."""
+    """Print bench.py's rows for models with `name` in theirs, with batch 1, as Markdown tables."""
     before = None
     for row in rows:
-        if name.lower() not in row["model"].lower() or row["batch"] != 1 or row["compile"] != "False":
+        if name.lower() not in row["model"].lower() or row["batch"] != 1:
             continue
-        caption = "{model}: {dtype}, {threads:g} threads of {device}, {columns:g} columns of cache, {versions}"
+        caption = "{model}: {dtype}, {threads:g} threads of {device}, {columns:g} columns of cache, commit {commit}, "
+        caption += "{versions}"
         caption = caption.format(**row)
         if caption != before:
             print(f"{caption}:\n" if before is None else f"\n{caption}:\n")
