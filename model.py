@@ -266,7 +266,7 @@ class Transformer(nn.Module):
         cache.check(tokens, weight, pad)
         cache.pad = pad
         step = self.prepare(tokens, cache, prompt_len, trace)
-        with products(tokens.numel(), weight.dtype):
+        with products(tokens, weight):
             with torch.inference_mode():  # less bookkeeping than no_grad; the logits, outside, remain plain tensors
                 x = self.tok_embeddings(tokens)  # (1, 1) -> (1, 1, 576)
                 x = (policy or dense)(self.layers, x, step)

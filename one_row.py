@@ -13,27 +13,38 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 AMX, AVX512_BF16 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+single = False  # whether the forward pass under way is of one row that torch.mv multiplies
 
 
 def way_of_one(dtype):
-    """How a row is multiplied: "mv", "native" or, where nothing else was measured, "linear", PyTorch's default."""
+    """How a row is multiplied: "mv", "native mv" or, where nothing else was measured, "linear", PyTorch's default."""
     if dtype == torch.bfloat16 and AMX:
         return "mv"  # oneDNN with the weights as the left matrix, as they lie: 1.3 times F.linear on a Xeon
     if dtype == torch.bfloat16 and AVX512_BF16:
-        return "native"  # without oneDNN, whose product reads at half the speed of PyTorch's own on an EPYC
+        return "native mv"  # without oneDNN, whose product has 0.6 of the speed of PyTorch's own on an EPYC
     return "linear"
 
 
 @contextmanager
-def products(rows, dtype):
-    """For a forward pass of so many rows: without oneDNN where the way of one row is "native"."""
-    before = torch.backends.mkldnn.enabled
-    if rows == 1 and way_of_one(dtype) == "native":
-        torch.backends.mkldnn.enabled = False
+def products(tokens, weight):
+    """For a forward pass over tokens of a model with this weight: sets what `linear` does."""
+    global single
+    before, one = torch.backends.mkldnn.enabled, tokens.numel() == 1 and weight.device.type == "cpu"
+    way = way_of_one(weight.dtype) if one and type(weight) is nn.Parameter else "linear"
+    single, torch.backends.mkldnn.enabled = way != "linear", before and way != "native mv"
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = before
+        single, torch.backends.mkldnn.enabled = False, before
+
+
+def linear(x, weight):
+    return torch.mv(weight, x.view(-1)).view(*x.shape[:-1], -1) if single else F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight)
 
 
 def is_one_row(x):
@@ -44,17 +55,6 @@ def cosine_of_one(a, b):
     """The cosine of two vectors as a number, in float32 whatever their dtype, without the dozen operations of F's."""
     a, b = a.flatten().float(), b.flatten().float()
     return c_float(torch.dot(a, b).item() / (torch.dot(a, a).item() * torch.dot(b, b).item()) ** 0.5).value
-
-
-def linear(x, weight):
-    if way_of_one(x.dtype) == "mv" and is_one_row(x) and type(weight) is nn.Parameter:
-        return torch.mv(weight, x.view(-1)).view(*x.shape[:-1], -1)
-    return F.linear(x, weight)
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight)
 
 
 class RMSNorm(nn.RMSNorm):

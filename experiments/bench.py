@@ -67,7 +67,7 @@ COLUMNS = dict(
 )  # fmt: skip
 FIELDS = "commit device threads dtype model batch prompt steps repeats read_gb_per_s peak_memory_bytes".split()
 FIELDS += ["readback_us", "versions", "command", *COLUMNS]
-WAYS = ["linear", "native", "mv"]  # see one_row.way_of_one
+WAYS = ["linear", "native linear", "mv", "native mv"]  # native: without oneDNN; see one_row.way_of_one
 
 
 def make_plan(n_layers, skip, tokens, batch=1, seed=0):
@@ -241,12 +241,9 @@ def add_peer_ratios(rows):
 
 
 def multiply(way, x, weight):
-    """x, (dim,), by a weight, in one of the WAYS."""
-    if way == "mv":
-        return torch.mv(weight, x)
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = way != "native"
-    out = torch.nn.functional.linear(x, weight)
+    """A weight by x, (dim,), in one of the WAYS."""
+    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, not way.startswith("native")
+    out = torch.mv(weight, x) if way.endswith("mv") else torch.nn.functional.linear(x, weight)
     torch.backends.mkldnn.enabled = before
     return out
 
