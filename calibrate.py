@@ -218,7 +218,9 @@ def gather_windows(model, tokenizer, options):
     size, least = min(512, model.args.max_seq_len), options.warm_up_index + 9  # tokens per window
     if options.text is None:
         corpus, n_new = "the model's own text", size - 1
-        begin = tokenizer.bos_id if tokenizer.bos_id is not None else min(tokenizer.eos_ids)
+        begin = min({tokenizer.bos_id} - {None} or tokenizer.eos_ids, default=None)
+        if begin is None:
+            raise ValueError("the tokenizer names no token that begins or ends a text: give --text")
         texts = max(2, min(options.samples, options.max_tokens // n_new))
         windows = written_windows(model, [[begin]] * texts, n_new, options.seed)
     else:

