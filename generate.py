@@ -264,7 +264,9 @@ def read_prompts(options):
 
 def choose_policy(options, ckpt, model):
     """The name, the policy and its settings that the command line asks for."""
-    settings = common.find_settings(options, ckpt, model.args.n_layers)
+    settings = {}
+    if options.policy in (None, "ffnskip"):
+        settings = common.find_settings(options, ckpt, model.args.n_layers)
     name = options.policy or ("ffnskip" if settings or options.skip is not None else "dense")
     if options.policy is None and name == "dense":
         command = "python calibrate.py" + (f" --ckpt {options.ckpt}" if options.ckpt else "")

@@ -1,4 +1,4 @@
-"""What the README and its fellows say of the code, its commands and its figures is so; and the fork guide works as it stands."""
+"""What the README and its fellows say of the code, its commands and its figures is so; the fork guide works as it is."""
 
 import csv
 import importlib
@@ -27,7 +27,8 @@ PYTHON = {*PROGRAMS, "experiments/evaluate.py", "experiments/bench.py", "experim
 def commands(page):
     """Every command that begins with `python`, in a block or in the text, as lists of words."""
     text = (ROOT / page).read_text().replace("\\\n", " ")
-    found = re.findall(r"^(?:\$ )?(python .*?)(?:  +#.*)?$", text, re.MULTILINE) + re.findall(r"`(python [^`\n]+)`", text)
+    found = re.findall(r"^(?:\$ )?(python .*?)(?:  +#.*)?$", text, re.MULTILINE)
+    found += re.findall(r"`(python [^`\n]+)`", text)
     return [shlex.split(command)[1:] for command in found]
 
 
@@ -103,7 +104,8 @@ def test_the_figures_are_those_of_the_results(page, capsys, monkeypatch):
 def test_the_fork_guide_works_as_it_stands(tmp_path):
     """Its file, and its two commands to the letter, but for the checkpoint, which has no settings of its own."""
     guide = README.split("## Write your own policy")[1].split("\n## ")[0]
-    (code,), commands = re.findall(r"```python\n(.*?)```", guide, re.DOTALL), re.findall(r"^python .*$", guide, re.MULTILINE)
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    commands = re.findall(r"^python .*$", guide, re.MULTILINE)
     (tmp_path / "mine.py").write_text(code)
     assert len(commands) == 2 and len(code.splitlines()) <= 15
     more = ["--ckpt", str(GOLDEN / "hf-gqa"), "--device", "cpu"]

@@ -363,7 +363,8 @@ RENDERED = {  # template -> what transformers makes of TURNS
     "{{ {'b': 1, 'a': 'é'} | tojson(ensure_ascii=True, sort_keys=True) }}": '{"a": "\\u00e9", "b": 1}',
     "{{ {'b': 1, 'a': 2} | tojson(separators=(',', ':')) }}": '{"b":1,"a":2}',
     "{{ {'a': [none, 1.5]} | tojson(indent=1) }}": '{\n "a": [\n  null,\n  1.5\n ]\n}',
-    "{{ pad_token }}{{ unk_token }}{{ sep_token is defined }}{{ bos_token is defined }}{{ eos_token }}": "<>?FalseFalse",
+    "{{ pad_token }}{{ unk_token }}{{ sep_token is defined }}{{ bos_token is defined }}{{ eos_token }}":
+        "<>?FalseFalse",
     "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% endfor %}": "Ho",
 }
 

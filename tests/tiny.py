@@ -281,10 +281,10 @@ def write_data(folder):
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
-def start(script, *args, **kwargs):
-    """A program of this project in a process of its own, as its user starts it."""
+def start(script, *args, env=(), **kwargs):
+    """A program of this project in a process of its own, as its user starts it, with more of an environment."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.Popen(command, env=os.environ | dict(OMP_NUM_THREADS="1"), **kwargs)
+    return subprocess.Popen(command, env=os.environ | dict(OMP_NUM_THREADS="1") | dict(env), **kwargs)
 
 
 def status(main, *args):

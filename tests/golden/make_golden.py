@@ -41,8 +41,13 @@ VARIANTS = {
 
 def meta_weights(vocab_size, n_kv_heads, tied, seed, dtype):
     random = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: (torch.randn(shape, generator=random) * 1.5 * shape[-1] ** -0.5).to(dtype)
-    norm = lambda: (1 + 0.2 * torch.randn(DIM, generator=random)).to(dtype)
+
+    def draw(*shape):
+        return (torch.randn(shape, generator=random) * 1.5 * shape[-1] ** -0.5).to(dtype)
+
+    def norm():
+        return (1 + 0.2 * torch.randn(DIM, generator=random)).to(dtype)
+
     kv_dim = DIM // N_HEADS * n_kv_heads
     w = {"tok_embeddings.weight": draw(vocab_size, DIM) * 4, "norm.weight": norm()}
     if not tied:

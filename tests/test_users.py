@@ -1,0 +1,206 @@
+"""What users really have, beside checkpoints and tokenizers: caches, terminals, text files, numbers that are not finite."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_golden import GOLDEN
+from tiny import mistake, start
+
+import calibrate
+import common
+import generate
+from common import find_checkpoint, load_settings, model_name, read_utf8, settings_path, to_json
+from measuring import read_cosines, read_jsonl, read_text
+from skip import FFNSkip
+
+CKPT = str(GOLDEN / "hf-gqa")
+
+
+def strict(text):
+    """The value of a JSON text, by the standard: no Infinity, no NaN."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+# --- the Hugging Face cache -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache with one model, whose files are links into blobs/, as huggingface_hub lays it."""
+    model = tmp_path / "hub" / "models--meta-llama--Llama-2-7b-hf"
+    snapshot, blobs = model / "snapshots" / "01c7f73d", model / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in (GOLDEN / "hf-gqa").iterdir():
+        shutil.copy(file, blobs / f"blob-of-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/blob-of-{file.name}")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_model_in_the_cache_has_its_own_name(hub):
+    snapshot = hub / "models--meta-llama--Llama-2-7b-hf" / "snapshots" / "01c7f73d"
+    for path in snapshot, snapshot / "model.safetensors", snapshot / "config.json":
+        assert model_name(path) == "llama-2-7b"
+    assert settings_path(snapshot / "model.safetensors") == snapshot / "skip.json"
+    shutil.copy(GOLDEN / "gqa-f16.gguf", snapshot.parents[1] / "blobs" / "g")
+    (snapshot / "Some-Model.Q4_1.gguf").symlink_to("../../blobs/g")
+    assert model_name(snapshot / "Some-Model.Q4_1.gguf") == "some-model"
+    assert settings_path(snapshot / "Some-Model.Q4_1.gguf") == snapshot / "Some-Model.Q4_1.skip.json"
+
+
+def test_a_model_is_found_in_the_cache_by_its_name(hub, monkeypatch, tmp_path, capsys):
+    model = hub / "models--meta-llama--Llama-2-7b-hf"
+    only = model / "snapshots" / "01c7f73d"
+    assert find_checkpoint("meta-llama/Llama-2-7b-hf") == find_checkpoint(str(model)) == only
+    args = ["--ckpt", "meta-llama/Llama-2-7b-hf", "--max-new-tokens", "2", "Once"]
+    assert "config/llama-2-7b.json: made for a model of 32 layers" in mistake(capsys, generate.main, *args)
+    generate.main([*args, "--policy", "dense"])  # which needs no settings
+    second = model / "snapshots" / "ffff0000"
+    shutil.copytree(only, second)
+    with pytest.raises(ValueError, match="refs/main names no snapshot.*01c7f73d, ffff0000"):
+        find_checkpoint("meta-llama/Llama-2-7b-hf")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("ffff0000\n")
+    assert find_checkpoint("meta-llama/Llama-2-7b-hf") == second
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert find_checkpoint("meta-llama/Llama-2-7b-hf") == second
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "meta-llama" / "Llama-2-7b-hf").mkdir(parents=True)  # an existing path comes first
+    assert find_checkpoint("meta-llama/Llama-2-7b-hf") == common.Path("meta-llama/Llama-2-7b-hf")
+    with pytest.raises(ValueError, match="no checkpoint at nobody/nothing.*Hugging Face cache"):
+        find_checkpoint("nobody/nothing")
+
+
+def test_gguf_is_told_by_its_first_bytes(tmp_path):
+    shutil.copy(GOLDEN / "gqa-f16.gguf", tmp_path / "sha256-0123abcd")
+    assert model_name(tmp_path / "sha256-0123abcd") == "sha256-0123abcd"
+    assert settings_path(tmp_path / "sha256-0123abcd").name == "sha256-0123abcd.skip.json"
+    assert find_checkpoint(str(tmp_path)) == tmp_path / "sha256-0123abcd"  # the only one in a folder
+    shutil.copy(GOLDEN / "gqa-f16.gguf", tmp_path / "b.gguf")
+    assert find_checkpoint(str(tmp_path)) == tmp_path
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
+def test_only_a_line_feed_ends_a_line(inside, tmp_path, capsys):
+    text = f"one{inside}two"
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert [record["text"] for record in read_jsonl(tmp_path / "t.jsonl", "text")] == [text]
+    (tmp_path / "p.txt").write_text(f"{text}\nthree\n", encoding="utf-8")
+    generate.main(["--ckpt", CKPT, "--json", "--max-new-tokens", "1", "--prompts", str(tmp_path / "p.txt")])
+    assert len(strict(capsys.readouterr().out)["text"]) == 2
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("Once\nTom\n", encoding="utf-8-sig")
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n', encoding="utf-8-sig")
+    (tmp_path / "c.csv").write_text("0.5,0.25\n", encoding="utf-8-sig")
+    (tmp_path / "s.json").write_text(json.dumps(dict(cold_s=1, model="x")), encoding="utf-8-sig")
+    assert read_utf8(tmp_path / "p.txt") == "Once\nTom\n" and read_text([tmp_path / "t.jsonl"]) == "a"
+    assert read_cosines(tmp_path / "c.csv").tolist() == [[0.5, 0.25]]
+    assert load_settings(tmp_path / "s.json", "x", 2) == dict(cold_s=1)
+    reports = []
+    for words in ["--prompts", str(tmp_path / "p.txt")], ["Once", "Tom"]:
+        generate.main(["--ckpt", CKPT, "--json", "--max-new-tokens", "1", *words])
+        reports.append(strict(capsys.readouterr().out)["prompt_tokens"])
+    assert reports[0] == reports[1]
+
+
+def test_text_that_is_not_utf_8_is_named(tmp_path, capsys):
+    (tmp_path / "p.txt").write_bytes(b"caf\xe9\n")
+    args = ["--ckpt", CKPT, "--max-new-tokens", "1"]
+    assert "p.txt: not UTF-8 text" in mistake(capsys, generate.main, *args, "--prompts", tmp_path / "p.txt")
+    assert "prompt 2, 'caf\\udce9': not UTF-8 text" in mistake(capsys, generate.main, *args, "x", "caf\udce9")
+    process = start("generate.py", *args, "-", stdin=-1, stdout=-1, stderr=-1)
+    _, err = process.communicate(b"caf\xe9")
+    assert process.returncode == 1 and b"prompt 1, '-': not UTF-8 text" in err and err.count(b"error") == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_terminal_that_cannot_show_a_character_loses_nothing_else(encoding, tmp_path):
+    """The curve is drawn with bars, and a text may hold anything: calibrate.py writes its settings all the same."""
+    shutil.copy(GOLDEN / "hf-gqa" / "config.json", tmp_path)
+    rows = "\n".join("0.9,0.95" if i % 2 else "0.5,0.9" for i in range(40))
+    (tmp_path / "c.csv").write_text(rows)
+    args = ["--cosines", str(tmp_path / "c.csv"), "--skip", "0.2", "--out", str(tmp_path / "o.json")]
+    process = start("calibrate.py", *args, stdout=-1, stderr=-1, env=dict(PYTHONIOENCODING=encoding))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert (b"\xe2\x96\x88" if encoding == "utf-8" else b"?") in out and strict((tmp_path / "o.json").read_text())
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A checkpoint with one weight that is not a number."""
+    shutil.copytree(CKPT, tmp_path / "damaged")
+    weights = load_file(tmp_path / "damaged" / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(weights, tmp_path / "damaged" / "model.safetensors")
+    return str(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("temperature", ["0", "1", "1e-38"])
+def test_logits_that_are_not_finite_are_an_error_at_any_temperature(damaged, temperature, capsys):
+    args = ["--ckpt", damaged, "--temperature", temperature, "Once"]
+    assert "not finite: try --dtype float32" in mistake(capsys, generate.main, *args)
+
+
+def test_no_program_measures_what_is_not_finite(damaged, tmp_path, capsys):
+    import evaluate
+
+    text = str(GOLDEN / "text.txt")
+    args = ["--ckpt", damaged, "--text", text, "--warm-up-index", "5", "--out", tmp_path / "o.json"]
+    assert "not finite" in mistake(capsys, calibrate.main, *args)
+    args = ["perplexity", "--ckpt", damaged, "--data", text, "--window", "32", "--policies", "dense"]
+    assert "not finite" in mistake(capsys, evaluate.main, *args, "--output", tmp_path / "t.csv")
+    assert not (tmp_path / "o.json").exists()
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-300, 1e-6])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.0], [-5.0, -90.0, -6.0]])
+    assert generate.sample(logits, temperature, 1.0, torch.Generator()).tolist() == [1, 0]
+
+
+def test_a_token_without_a_row_is_an_error_that_names_it():
+    from tiny import tiny_model
+
+    from measuring import measure
+
+    model = tiny_model()
+    for act in (lambda: next(generate.generate(model, [1, 31], 3)), lambda: measure(model, [([1, 99], 0)], -1)):
+        with pytest.raises(ValueError, match=r"token (31|99) of the tokenizer has no row in tok_embeddings \(31 rows\)"):
+            act()
+
+
+def test_json_is_valid_and_comes_back(tmp_path, capsys):
+    skip = ["--policy", "ffnskip", "--cold-s", "0", "--cold-e", "2", "--sim-threshold", "inf"]
+    generate.main(["--ckpt", CKPT, "--json", "--max-new-tokens", "3", *skip, "Once"])
+    assert strict(capsys.readouterr().out)["settings"]["skip"]["sim_threshold"] == "inf"
+    values = dict(a=math.inf, b=[-math.inf, math.nan, 1.5], c=dict(d=(math.inf,)), e="inf")
+    assert strict(to_json(values)) == dict(a="inf", b=["-inf", None, 1.5], c=dict(d=["inf"]), e="inf")
+    for threshold in math.inf, [math.inf, 0.5]:
+        (tmp_path / "s.json").write_text(to_json(dict(model="x", cold_s=0, cold_e=2, sim_threshold=threshold)))
+        assert FFNSkip(**load_settings(tmp_path / "s.json", "x", 2)).sim_threshold == threshold
+
+
+def test_an_empty_prompt_is_a_text_where_the_tokenizer_begins_one(capsys):
+    for prompt in "", "\n", "   ":
+        generate.main(["--ckpt", CKPT, "--json", "--max-new-tokens", "3", prompt])
+        report = strict(capsys.readouterr().out)
+        assert report["prompt_tokens"] >= 1 and report["new_tokens"] == 3
