@@ -1,4 +1,4 @@
-"""What the README and its fellows say of the code, its commands and its figures is so; the fork guide works as it is."""
+"""What the README and its fellows say of the code, its commands and its figures is so; the fork guide works."""
 
 import csv
 import importlib

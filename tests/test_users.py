@@ -1,4 +1,4 @@
-"""What users really have, beside checkpoints and tokenizers: caches, terminals, text files, numbers that are not finite."""
+"""What users have, beside checkpoints and tokenizers: caches, terminals, text files, numbers that are not finite."""
 
 import json
 import math
