@@ -178,9 +178,7 @@ def test_a_temperature_near_zero_takes_the_likeliest(temperature):
 
 
 def test_a_token_without_a_row_is_an_error_that_names_it():
-    from tiny import tiny_model
 
-    from measuring import measure
 
     model = tiny_model()
     with pytest.raises(ValueError, match=r"token 31 of the tokenizer has no row in tok_embeddings \(31 rows\)"):
