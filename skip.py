@@ -142,9 +142,9 @@ class FFNSkip:
         if 0 not in skip_state or (self.threshold(layer) > 1.001 and not asked):
             return [-math.inf] * len(skip_state)
         if is_one_row(h):
-            sim_score = torch.tensor([cosine_of_one(h, temp)])
+            sim_score = [cosine_of_one(h, temp)]
         else:
-            sim_score = F.cosine_similarity(h.float(), temp.float(), dim=-1)  # (batch, seq, dim) -> (batch, seq)
+            sim_score = F.cosine_similarity(h.float(), temp.float(), dim=-1).flatten().tolist()  # (batch * seq,)
         if step.trace is not None:
             step.trace.record_cosine(layer.layer_id, sim_score, [n == 0 for n in skip_state])
-        return sim_score.flatten().tolist()
+        return sim_score

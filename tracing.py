@@ -14,7 +14,7 @@ class Pass:
     token_index: torch.Tensor  # (batch, seq)
     real: torch.Tensor  # (batch, seq) bool: the tokens that are no padding
     ran: list = field(default_factory=list)
-    cosine: list = field(default_factory=list)  # its values stay on the device until someone asks for them
+    cosine: list = field(default_factory=list)
 
 
 class Trace:
@@ -60,7 +60,8 @@ class Trace:
             values = torch.full((one.n_layers, *one.real.shape), nothing)
             for layer_id, value, where in getattr(one, name):
                 where = one.real if where is None else one.real & torch.as_tensor(where).view(one.real.shape)
-                values[layer_id] = torch.where(where, torch.as_tensor(value, device="cpu"), values[layer_id])
+                value = torch.as_tensor(value).expand(one.real.numel()).view(one.real.shape)
+                values[layer_id] = torch.where(where, value, values[layer_id])
             passes.append(values)
         return torch.cat(passes, dim=2)
 
