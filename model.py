@@ -77,7 +77,7 @@ def apply_rotary_emb(x, freqs_cis):
 
 
 class KVCache:
-    """Keys and values of every layer, for every token so far; a missing entry, which no layer has written, is zero."""
+    """Keys and values of every layer, for every token so far; an entry that its layer has not written is zero."""
 
     def __init__(self, args, batch_size, max_seq_len, dtype=torch.float32, device="cpu"):
         if max_seq_len > args.max_seq_len:
@@ -113,7 +113,7 @@ class KVCache:
         self.length, self.pad = min(length, self.length), self.pad * (length > 0)
 
     def fork(self, batch_size, max_seq_len):
-        """A new cache of batch_size rows, each of which continues row 0 of this one."""
+        """A new cache of batch_size rows, each a copy of row 0 of this one."""
         new, length = KVCache(self.args, batch_size, max_seq_len, self.k.dtype, self.k.device), self.length
         new.k[..., :length, :] = self.k[:, :1, :, :length]
         new.v[..., :length, :] = self.v[:, :1, :, :length]
@@ -122,7 +122,7 @@ class KVCache:
         return new
 
     def check(self, tokens, weight, pad):
-        """Raise ValueError if tokens (batch, seq) of a model with this weight, padded so, cannot come next."""
+        """Raise ValueError if tokens (batch, seq) of a model with this weight, padded so, cannot be added."""
         batch, seq = tokens.shape
         if self.length + seq > self.max_seq_len:
             raise ValueError(f"{self.length} + {seq} tokens are more than the cache's max_seq_len {self.max_seq_len}")

@@ -1,8 +1,8 @@
 """
 One row on a CPU. Decoding a single text is bound by how fast the weights are read, and which product reads fastest
-differs between CPUs by up to two times. It is chosen by dtype and by what the CPU can do, never by a clock, so that a
-machine always gives the same bits; `python experiments/bench.py --products` shows every way on yours. More rows, other
-devices and sharded weights are left to PyTorch; without this file model.py would compute the same up to rounding.
+differs between CPUs by up to two times. It is chosen by dtype and by what the CPU can do, never by a clock, so that one
+machine gives the same bits with the same number of threads; `python experiments/bench.py --products` shows every way on
+yours. More rows, other devices and sharded weights are left to PyTorch, whose functions give the same up to rounding.
 """
 
 from contextlib import contextmanager
@@ -54,7 +54,7 @@ def is_one_row(x):
 def cosine_of_one(a, b):
     """The cosine of two vectors as a number, in float32 whatever their dtype, without the dozen operations of F's."""
     a, b = a.flatten().float(), b.flatten().float()
-    return c_float(torch.dot(a, b).item() / (torch.dot(a, a).item() * torch.dot(b, b).item()) ** 0.5).value
+    return c_float(torch.dot(a, b).item() / max(torch.dot(a, a).item() * torch.dot(b, b).item(), 1e-16) ** 0.5).value
 
 
 class RMSNorm(nn.RMSNorm):
@@ -74,8 +74,8 @@ def scaled_dot_product_attention(q, k, v, mask, cache):
     its kernel has a quarter of the speed of float32 copies, made for as many heads at a time as a scratch memory has
     room for. The cache keeps that memory, since new memory costs more than the copies.
     """
-    single = q.size(0) == q.size(2) == 1 and q.size(1) == k.size(1) and q.device.type == "cpu"
-    if not single or q.dtype == torch.float32 or AMX or not AVX512_BF16:
+    one = q.size(0) == q.size(2) == 1 and q.size(1) == k.size(1) and q.device.type == "cpu"
+    if not one or q.dtype == torch.float32 or AMX or not AVX512_BF16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     columns, head_dim = k.shape[2:]
     if cache.scratch is None:  # 2 MB each for keys and values, and always enough for one head

@@ -82,7 +82,7 @@ class FFNSkip:
 
     @classmethod
     def authors(cls, n_layers, k):
-        """The settings in the authors' public code, https://github.com/Ajay1994/layer-skip, which tests > for >=."""
+        """The settings in the authors' public code, https://github.com/Ajay1994/layer-skip, which has > and not >=."""
         return cls(4, n_layers - 5, sim_threshold=math.nextafter(0.95, 1), k=k, recheck=False, full_every=6)
 
     def __call__(self, layers, input_state, step):

@@ -16,7 +16,7 @@ A policy has an attribute warm_up_index, since its ratio is counted past the war
 
     random, static, checkerboard   all entries, of true states: only feed-forward blocks are skipped, as by FFN-SkipLLM
     statecopy                      all entries, some of copied states
-    shortgpt, skipdecode           missing entries that no later token reads: what one token misses, all later ones do
+    shortgpt, skipdecode           missing entries that no later token reads: they miss them in that layer too
     earlyexit                      missing entries that later tokens read, the failure that the paper starts from:
                                    see attended_missing
 """
@@ -120,7 +120,7 @@ class SkipDecode:
     """
     SkipDecode (Del Corro et al. 2023, https://arxiv.org/abs/2307.02628): a token's number of layers depends on its
     index alone, so that a batch stays together. It falls linearly from n_layers after the warm-up to a minimum at
-    token target_len (from then on it stays), chosen so that `skip` is the mean between them. The layers left out
+    token target_len, and stays there; `skip` is the mean share left out on the way. The layers left out
     follow the first `always`: later tokens run a subset of what earlier ones ran, and never miss a cache entry.
     """
 

@@ -314,9 +314,10 @@ def device_name(device):
 
 
 def commit():
-    """The first seven digits of the commit that is measured, with a + if files were changed since; "" outside git."""
-    words = ["git", "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
-    return subprocess.run(words, capture_output=True, text=True, cwd=HERE).stdout.strip()
+    """The first seven digits of the commit that is measured, with a + if code was changed since; "" outside git."""
+    head = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], cwd=HERE.parent, capture_output=True)
+    return head.stdout.strip() + "+" * (changed.returncode == 1)
 
 
 def names(text):

@@ -167,7 +167,10 @@ def calibration_tokens(model, tokenizer, options):
 
 def listed(kind):
     def parse(text):
-        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+        values = [kind(part.strip()) for part in text.split(",") if part.strip()]
+        if not values:
+            raise ValueError("nothing in it")
+        return values
 
     return parse
 
@@ -189,17 +192,18 @@ def parse_args(argv):
         "for task warmup, with a = before -1 (default 25; warmup: -1,5,10,15,20,25,30,40,60)")
     add("--calibration", metavar="FILE", help="text, other than --data, on which the ratios are reached; default: the "
         "model's own")
-    add("--calibration-tokens", type=int, default=4096, metavar="N", help="how much of it (default 4096)")
-    add("--limit", type=int, metavar="N", help="tokens (perplexity, warmup: 32768), questions (factoid: 500; mmlu: "
-        "all, of each subject; mtbench: all), stories (all), prompts (collapse, worstcase: 32)")
-    add("--window", type=int, default=512, metavar="N", help="tokens of a window of text (default 512)")
+    add("--calibration-tokens", type=common.positive, default=4096, metavar="N", help="how much of it (default 4096)")
+    add("--limit", type=common.positive, metavar="N",
+        help="tokens (perplexity, warmup: 32768), questions (factoid: 500; mmlu: all, of each subject; mtbench: all), "
+        "stories (all), prompts (collapse, worstcase: 32)")
+    add("--window", type=common.positive, default=512, metavar="N", help="tokens of a window of text (default 512)")
     add("--decode", action="store_true", help="perplexity: token by token, as generation does, instead of in parallel")
     add("--subjects", type=listed(str), metavar="A,B", help="of MMLU; default: all 57")
-    add("--max-new-tokens", type=int, metavar="N", help="of a text (default: mtbench 1024, summarize 256, "
+    add("--max-new-tokens", type=common.positive, metavar="N", help="of a text (default: mtbench 1024, summarize 256, "
         "worstcase 512, collapse 256)")
-    add("--prompt-tokens", type=int, default=128, metavar="N", help="of a prompt from text (default 128)")
+    add("--prompt-tokens", type=common.positive, default=128, metavar="N", help="of a prompt from text (default 128)")
     add("--chat", action="store_true", help="the checkpoint's chat template instead of the paper's prompt")
-    add("--batch-size", type=int, default=16, metavar="N", help="texts at a time (default 16)")
+    add("--batch-size", type=common.positive, default=16, metavar="N", help="texts at a time (default 16)")
     add("--output", metavar="CSV", help="default: experiments/results/TASK.csv, without --data TASK_own_text.csv")
     group = common.add_skip_arguments(parser)
     group.add_argument("--printed-cold", type=listed(int), metavar="S,E",
@@ -213,6 +217,10 @@ def parse_args(argv):
         parser.error("--match wants ffn, bytes or both")
     if options.warm_up is None:
         options.warm_up = [-1, 5, 10, 15, 20, 25, 30, 40, 60] if options.task == "warmup" else [25]
+    if min(options.warm_up) < -1:
+        parser.error(f"--warm-up-index {min(options.warm_up)} is below -1")
+    if options.task in ("perplexity", "warmup") and options.window < max(options.warm_up) + 3:
+        parser.error(f"--window {options.window} is too short for --warm-up-index {max(options.warm_up)}")
     lengths = dict(mtbench=1024, summarize=256, worstcase=512, collapse=256)
     options.max_new_tokens = options.max_new_tokens or lengths.get(options.task, 256)
     if options.output is None:
@@ -234,10 +242,14 @@ def main(argv=None):
             common.find_factory(name)
     device = common.find_device(options.device)
     data = load(options.data, options) if options.data else None
-    table = Table(options.output, {key: getattr(options, key) for key in SETTINGS})
     ckpt = common.find_checkpoint(options.ckpt)
     tokenizer, model = load_tokenizer(ckpt), load_model(ckpt, device, options.dtype)
     settings = common.find_settings(options, ckpt, model.args.n_layers)
+    common_settings = {key: getattr(options, key) for key in SETTINGS}
+    if {"ffnskip", "printed"} & set(options.policies):  # rows made with other ones are no rows of this table
+        common_settings["skip"] = {key: value for key, value in settings.items() if key != "ratios"}
+        common_settings["printed_cold"] = options.printed_cold
+    table = Table(options.output, common_settings)
     known = {field.name: getattr(options, field.name) for field in fields(Context) if hasattr(options, field.name)}
     context = Context(**known, first=max(options.warm_up) + 1)
     tokens = None

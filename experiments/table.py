@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import platform
 import sys
 from pathlib import Path
@@ -19,12 +18,14 @@ class Table:
         self.path, self.columns, self.rows = Path(path), None, []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        head = f"# settings: {common.to_json(settings, sort_keys=True)}\n"
+        if text and "\n# settings: " not in text:
+            raise ValueError(f"{path}: not a table of evaluate.py: give another --output")
+        if text and head not in text:
+            raise ValueError(f"{path}:3: made with other settings: give another --output, or delete it")
         if not text.endswith("\n"):
             text = text[: text.rfind("\n") + 1]  # the last run was cut off within a row
             self.path.write_text(text, encoding="utf-8")
-        head = f"# settings: {json.dumps(settings, sort_keys=True)}\n"
-        if text and head not in text:
-            raise ValueError(f"{path}:3: made with other settings: give another --output, or delete it")
         command = f"# command: {' '.join(['python', *sys.orig_argv[1:]])}\n"
         if command not in text:  # a new table, or one that another command goes on with
             self.append(f"{command}# versions: {versions()}\n")

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import evaluate
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ import common
 import generate
 from common import find_checkpoint, load_settings, model_name, read_utf8, settings_path, to_json
 from measuring import measure, read_cosines, read_jsonl, read_text
+from one_row import cosine_of_one
 from skip import FFNSkip
 
 CKPT = str(GOLDEN / "hf-gqa")
@@ -134,7 +136,7 @@ def test_a_terminal_that_cannot_show_a_character_loses_nothing_else(encoding, tm
     shutil.copy(GOLDEN / "hf-gqa" / "config.json", tmp_path)
     rows = "\n".join("0.9,0.95" if i % 2 else "0.5,0.9" for i in range(40))
     (tmp_path / "c.csv").write_text(rows)
-    args = ["--cosines", str(tmp_path / "c.csv"), "--skip", "0.2", "--out", str(tmp_path / "o.json")]
+    args = ["--cosines", str(tmp_path / "c.csv"), "--skip", "0.25", "--out", str(tmp_path / "o.json")]
     process = start("calibrate.py", *args, stdout=-1, stderr=-1, env=dict(PYTHONIOENCODING=encoding))
     out, err = process.communicate()
     assert process.returncode == 0, err
@@ -161,8 +163,6 @@ def test_logits_that_are_not_finite_are_an_error_at_any_temperature(damaged, tem
 
 
 def test_no_program_measures_what_is_not_finite(damaged, tmp_path, capsys):
-    import evaluate
-
     text = str(GOLDEN / "text.txt")
     args = ["--ckpt", damaged, "--text", text, "--warm-up-index", "5", "--out", tmp_path / "o.json"]
     assert "not finite" in mistake(capsys, calibrate.main, *args)
@@ -203,3 +203,75 @@ def test_an_empty_prompt_is_a_text_where_the_tokenizer_begins_one(capsys):
         generate.main(["--ckpt", CKPT, "--json", "--max-new-tokens", "3", prompt])
         report = strict(capsys.readouterr().out)
         assert report["prompt_tokens"] >= 1 and report["new_tokens"] == 3
+
+
+# --- files and policies of somebody's own -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["my notes\nprecious", "one line", "a,b\n1,2\n"])
+def test_a_file_that_is_no_table_is_left_as_it_is(text, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text(text)
+    args = ["perplexity", "--ckpt", CKPT, "--data", GOLDEN / "text.txt", "--window", "32", "--warm-up-index", "5"]
+    args += ["--policies", "dense", "--limit", "64", "--output", tmp_path / "notes.txt"]
+    assert "notes.txt: not a table of evaluate.py" in mistake(capsys, evaluate.main, *args)
+    assert (tmp_path / "notes.txt").read_text() == text
+
+
+def test_rows_made_with_other_skip_settings_are_not_taken_for_new_ones(tmp_path, capsys):
+    args = ["perplexity", "--ckpt", CKPT, "--data", str(GOLDEN / "text.txt"), "--window", "32", "--warm-up-index", "5"]
+    args += ["--policies", "ffnskip", "--limit", "64", "--output", str(tmp_path / "t.csv")]
+    args += ["--cold-s", "0", "--cold-e", "2"]
+    evaluate.main([*args, "--sim-threshold", "0.9"])
+    evaluate.main([*args, "--sim-threshold", "0.9"])
+    assert "made with other settings" in mistake(capsys, evaluate.main, *args, "--sim-threshold", "0.7")
+
+
+POLICY_FILES = {
+    "def make(*args, **more):\n    return None\n": "returns None: expected a policy",
+    "def make(model, skip):\n    return print\n": "must take (model, skip, warm_up_index=None, tokens=None, seed=0)",
+    "def make(*args, **more):\n    raise ValueError('no')\n": "mine.py, line 2: ValueError: no",
+    "def other():\n    pass\n": "mine.py defines no function or class make",
+}
+
+
+@pytest.mark.parametrize("code", POLICY_FILES)
+def test_a_policy_that_is_none_is_one_line_that_says_what_is_expected(code, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(code)
+    args = ["--ckpt", CKPT, "--policy", f"{tmp_path / 'mine.py'}:make", "--skip", "0.2", "x"]
+    assert POLICY_FILES[code] in mistake(capsys, generate.main, *args)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(model=5), "model must be a text"),
+    (dict(n_layers="2"), "n_layers a whole number"),
+    (dict(ratios=5), "not a list of [shift, ratio] pairs"),
+    (dict(ratios=[[0.1]]), "not a list of [shift, ratio] pairs"),
+    (dict(ratios=[0.1, 0.2]), "not a list of [shift, ratio] pairs"),
+    (dict(sim_threshold=10**400), "int too large"),
+])  # fmt: skip
+def test_settings_of_a_wrong_kind_are_one_line(change, message, tmp_path, capsys):
+    settings = dict(model="hf-gqa", cold_s=0, cold_e=2, sim_threshold=0.9, ratios=[[0.0, 0.1], [-0.1, 0.5]])
+    (tmp_path / "s.json").write_text(json.dumps(settings | change))
+    args = ["--ckpt", CKPT, "--skip-config", tmp_path / "s.json", "--skip", "0.2", "x"]
+    assert message in mistake(capsys, generate.main, *args)
+
+
+def test_a_plan_that_misses_the_share_is_an_error(tmp_path, capsys):
+    (tmp_path / "c.csv").write_text("1.0,1.0,1.0\n" * 4)
+    args = ["--cosines", tmp_path / "c.csv", "--skip", "0.1", "--out", tmp_path / "o.json"]
+    assert "no setting comes within 0.01 of a share of 0.1" in mistake(capsys, calibrate.main, *args)
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_the_likeliest_token_is_never_left_out_by_rounding():
+    logits = torch.tensor([[0.1, 0.3, 0.2]])
+    assert generate.sample(logits, 1.0, 1e-300, torch.Generator()).tolist() == [1]
+
+
+def test_a_trace_that_cannot_be_written_is_known_before_the_work(tmp_path, capsys):
+    args = ["--ckpt", CKPT, "--policy", "dense", "--trace", tmp_path, "x"]
+    assert "cannot be written: it is a folder" in mistake(capsys, generate.main, *args)
+
+
+def test_vectors_of_length_zero_have_the_cosine_zero():
+    assert cosine_of_one(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4)) == 0
