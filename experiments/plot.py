@@ -111,13 +111,14 @@ def by_position(figure, rows):
 
 
 def speed(figure, rows):
-    """Speed-up over the share of FFN blocks skipped, one panel per model, dtype and device, with the bound by bytes."""
-    rows = [row for row in rows if row["batch"] == 1]
+    """Speed-up over the share of FFN blocks skipped, as last measured; one panel per model and number of threads."""
+    rows = [row for row in rows if row["batch"] == 1 and row["commit"] == rows[-1]["commit"]]
     for row in rows:
-        row["kind"] = f"{row['model']}, {row['dtype']}, {row['device']}"
+        row["kind"] = f"{row['model']}\n{row['dtype']}, {row['threads']:g} threads of {row['device']}"
     kinds = dict.fromkeys(row["kind"] for row in rows if row["ffn_skip_ratio"])
+    measured = {(row["kind"], row["variant"]) for row in rows}
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        for name in "fixed", "ffnskip":
+        for name in [name for name in ("fixed", "ffnskip") if (kind, name) in measured]:
             shown = [row for row in rows if row["kind"] == kind and row["variant"] in ("dense", name)]
             x, y, bound = zip(*sorted((row["ffn_skip_ratio"], row["speedup"], row["speedup_bound"]) for row in shown))
             axes.plot(x, y, "o", color=COLOURS[name], markersize=4, label=name)
@@ -221,7 +222,7 @@ def draw(path, rows):
     if rows and "layer_0" in rows[0]:
         picture(path, heat_map, rows, size=(10, 4))
     elif rows and "variant" in rows[0]:
-        picture(path, speed, rows, size=(9, 3.8))
+        picture(path, speed, rows, size=(12, 3.8))
     elif policies and task == "warmup":
         picture(path, against_warm_up, rows)
     elif policies and task == "worstcase" and any(row["never"] for row in rows):  # else every token skipped something

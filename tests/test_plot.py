@@ -220,7 +220,8 @@ def test_worst_cases_are_drawn_by_position(monkeypatch, tmp_path):
 
 def test_speed_is_drawn_for_each_model_with_the_bound(monkeypatch, folder):
     figure = figure_of(monkeypatch, folder / "b.csv")
-    assert [axes.get_title() for axes in figure.axes] == ["Some-7B, bfloat16, CPU", "other, bfloat16, CPU"]
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == [f"{model}\nbfloat16, 2 threads of CPU" for model in ("Some-7B", "other")]
     curves = curves_of(figure.axes[0])
     assert curves["ffnskip"] == [(0, 1), (0.3, 1.2047)] and curves["bound by bytes"] == [(0, 1), (0.3, 1.213)]
 
