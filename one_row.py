@@ -62,7 +62,8 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x):
         if not is_one_row(x):
-            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+            out = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+            return out.type_as(x)  # PyTorch 2.5 would round twice in 16 bits; later ones do the same as this
         x32 = x.float()  # a dot product and two multiplications instead of ten operations
         scale = (torch.dot(x32.view(-1), x32.view(-1)).item() / x.size(-1) + self.eps) ** -0.5
         return (x32 * scale * self.weight).type_as(x)
