@@ -91,6 +91,11 @@ def cut(ids, size, begin=()):
     return [[*begin, *ids[i : i + step]] for i in range(0, len(ids), step)]
 
 
+def as_windows(tokens):
+    """Windows (ids, prompt_len 0) of tokens, (batch, seq)."""
+    return [(ids, 0) for ids in tokens.tolist()]
+
+
 def text_windows(tokenizer, text, n_tokens, size=512):
     """Windows (ids, prompt_len 0) of the first n_tokens of text, each begun as the tokenizer begins a text."""
     ids = tokenizer.encode(text[: 12 * n_tokens], bos=False)[:n_tokens]

@@ -105,7 +105,7 @@ class FFNSkip:
         What is printed for one token happens to each of (batch, seq); those in `full` run in full. skip_state is a list
         on the host with one number per token: how many FFN blocks it still skips, 0 being the paper's False.
         """
-        k = len(layers) if self.k is None else self.k                   # (None: skip up to cold_e)
+        k = self.k or len(layers)                                       # (None: skip up to cold_e)
         past_state = input_state                                        # past_state <- input_state
         for layer in layers[: self.cold_s]:                             # for <0 ... cold_s> do
             h = layer.add_attention(past_state, step)                   #     h <- past_state + attention(past_state)

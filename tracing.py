@@ -67,12 +67,16 @@ class Trace:
 
     def counts(self, warm_up_index):
         """(FFN executions saved, those of the dense model) over the tokens with token_index > warm_up_index."""
-        return saved_blocks(self.ran, self.token_index, warm_up_index) if self.passes else (0, 0)
+        if not self.passes:
+            return 0, 0
+        return saved_blocks(self.ran, self.token_index, warm_up_index)
 
     def ffn_skip_ratio(self, warm_up_index):
         """The share of FFN executions saved, over tokens past the warm-up; None if there are none."""
         saved, dense_model = self.counts(warm_up_index)
-        return saved / dense_model if dense_model else None
+        if dense_model:
+            return saved / dense_model
+        return None
 
     def ffn_saved_ratio(self):
         """The same over all generated tokens that were forwarded: what the clock sees."""

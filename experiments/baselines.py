@@ -26,7 +26,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from measuring import bring_to, cut, measure, skip_ratio, written_windows
+from measuring import as_windows, bring_to, measure, skip_ratio, written_windows
 
 
 def warm_up(warm_up_index):
@@ -60,8 +60,11 @@ class StaticSkip:
 
     def __init__(self, model, skip, warm_up_index=None, tokens=None, seed=0, cold_s=None, cold_e=None):
         n_layers = model.args.n_layers
-        self.cold_s = n_layers // 8 if cold_s is None else cold_s
-        self.cold_e = n_layers - n_layers // 8 if cold_e is None else cold_e
+        self.cold_s, self.cold_e = n_layers // 8, n_layers - n_layers // 8
+        if cold_s is not None:
+            self.cold_s = cold_s
+        if cold_e is not None:
+            self.cold_e = cold_e
         self.skip, self.seed, self.warm_up_index = skip, seed, warm_up(warm_up_index)
         n_warm = self.cold_e - self.cold_s
         if skip * n_layers > n_warm:
@@ -184,7 +187,7 @@ class EarlyExit:
 
 def early_exit(model, skip, warm_up_index=None, tokens=None, seed=0, copy=False, measure=confidence):
     """The EarlyExit whose threshold skips the share `skip` of the calibration text."""
-    windows = [(ids, 0) for ids in calibration_text(model, tokens, seed).tolist()]
+    windows = as_windows(calibration_text(model, tokens, seed))
 
     def at(threshold):
         policy = EarlyExit(copy, measure, threshold, warm_up_index)
@@ -205,10 +208,10 @@ class Checkerboard:
     """
 
     def __init__(self, model, skip, warm_up_index=None, tokens=None, seed=0):
-        windows = [(ids, 0) for ids in calibration_text(model, tokens, seed).tolist()]
+        windows = as_windows(calibration_text(model, tokens, seed))
         closest = measure(model, windows, warm_up_index=-1).mean(0).argsort(descending=True)  # (layer,)
         chosen = sorted(closest[: round(2 * skip * model.args.n_layers)].tolist())
-        self.turn = {layer_id: turn for turn, layer_id in enumerate(chosen)}
+        self.turn = dict(zip(chosen, range(len(chosen))))
         self.warm_up_index = warm_up(warm_up_index)
 
     def __call__(self, layers, x, step):
@@ -289,7 +292,7 @@ def calibration_text(model, tokens=None, seed=0):
     tokens = torch.as_tensor(tokens)
     if tokens.dim() == 1:
         size = min(len(tokens), 512, model.args.max_seq_len)
-        tokens = torch.tensor([window for window in cut(tokens.tolist(), size) if len(window) == size])
+        tokens = tokens[: len(tokens) // size * size].view(-1, size)
     return tokens.to(model.tok_embeddings.weight.device)
 
 

@@ -46,7 +46,7 @@ from tasks import TASKS, Context, full_windows
 
 import common
 from load_weights import load_model, load_tokenizer
-from measuring import bring_to, measure, skip_ratio
+from measuring import as_windows, bring_to, measure, skip_ratio
 from model import dense
 from skip import FFNSkip
 
@@ -77,7 +77,7 @@ def at_ratio(name, model, skip, tokens, settings, warm_up_index, options):
     if name == "static":
         own = {key: settings[key] for key in ("cold_s", "cold_e") if key in settings}
     make = partial(common.find_factory(name), model, tokens=tokens, seed=options.seed, **own)
-    windows = [(ids, 0) for ids in tokens.tolist()]
+    windows = as_windows(tokens)
 
     def at(negative):  # of the share to ask for, since bring_to wants a ratio that falls
         policy = make(-negative, warm_up_index=warm_up_index)
@@ -97,7 +97,7 @@ def at_ratio(name, model, skip, tokens, settings, warm_up_index, options):
 
 def at_ratio_ffnskip(base, model, skip, tokens):
     """(policy, its ratio): an FFNSkip with thresholds shifted until it skips the share `skip` of the FFN blocks."""
-    windows = [(ids, 0) for ids in tokens.tolist()]
+    windows = as_windows(tokens)
     if skip is None:
         return base, skip_ratio(model, base, windows)
     thresholds = torch.tensor(base.thresholds(model.args.n_layers))

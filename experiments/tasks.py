@@ -19,7 +19,7 @@ from readers import load_mmlu, load_prompts, load_questions, load_stories, load_
 
 from common import first_difference, progress, to_json
 from generate import check_finite, generate, sample
-from measuring import compare_with_dense, cut
+from measuring import as_windows, compare_with_dense, cut
 from model import KVCache, dense
 from skip import Trace
 from tracing import saved_blocks
@@ -137,7 +137,7 @@ def perplexity(model, tokenizer, policy, text, context):
     size = min(context.window, model.args.max_seq_len)
     if text is None:
         own = written_text(model, 16, min(size, 256), context.seed + 1)  # not the text that policies are calibrated on
-        windows = [(ids, 0) for ids in own.tolist()]
+        windows = as_windows(own)
     else:
         windows = full_windows(tokenizer, text, context.limit or 32768, size)
     scores, past, counts, missing, read = [], [], [], 0, 0
