@@ -134,7 +134,7 @@ def seed(text):
 def add_model_arguments(parser):
     add = parser.add_argument
     add("--ckpt", help="checkpoint: a folder or file in Meta's, Hugging Face's or GGUF layout, a name under "
-        "checkpoints/, or ORG/NAME in the local Hugging Face cache (load_weights.py --help says what opens and what is refused); "
+        "checkpoints/, or ORG/NAME in the local Hugging Face cache; load_weights.py --help says what is refused; "
         "default: the demo model SmolLM2-135M-Instruct")
     add("--device", help="cpu, cuda, cuda:1, mps; default: cuda or mps where there is one")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's; bfloat16 for GGUF")
