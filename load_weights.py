@@ -1,5 +1,5 @@
 """
-Any LLaMA checkpoint on disk -> model.Transformer and its tokenizer.
+A LLaMA checkpoint on disk -> model.Transformer and its tokenizer.
 
     python load_weights.py PATH                what is in it
     python load_weights.py PATH --out FOLDER   rewrite it as one safetensors file in Meta's names, which opens uncopied
