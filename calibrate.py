@@ -120,10 +120,9 @@ def verify(model, windows, reference, cosines, make, target):
 
     def at(negative):  # of the share to plan for, since bring_to wants a ratio that falls
         policy, _ = plan(cosines, make, -negative)
-        results.append((policy, quality(model, windows, policy, reference)))
-        return results[-1], results[-1][1]["ffn_skip_ratio"]
+        found = quality(model, windows, policy, reference)
+        return (policy, found), found["ffn_skip_ratio"]
 
-    results = []
     if most < target:
         return None
     best, ratio = bring_to(at, -most, 0.0, target, tolerance=0.005, tries=6, first=-target)

@@ -201,6 +201,13 @@ def is_gguf(path):
         return file.read(4) == b"GGUF"
 
 
+def gguf_stem(path):
+    """The name of a GGUF file without .gguf; None for any other path."""
+    if is_gguf(path) or path.suffix == ".gguf":
+        return path.name.removesuffix(".gguf")
+    return None
+
+
 def find_checkpoint(ckpt):
     """
     A path as given, a name under checkpoints/, a name ORG/NAME in the local Hugging Face cache, or for None the demo
@@ -240,20 +247,19 @@ def model_name(path):
     """The name that settings are kept under: Llama-2-7b-hf, llama-2-7b and Llama-2-7B.Q4_1.gguf are all llama-2-7b."""
     path = Path(path)
     folder = (path if path.is_dir() else path.parent).resolve()  # not the file itself, which may be a link
-    if is_gguf(path) or path.suffix == ".gguf":
-        name = path.name.removesuffix(".gguf")
-    elif folder.parent.name == "snapshots":
+    name = gguf_stem(path)
+    if name is None and folder.parent.name == "snapshots":
         name = folder.parent.parent.name.split("--")[-1]  # models--ORG--NAME
-    else:
-        name = folder.name
+    name = name or folder.name
     return re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$|-hf$", "", name, flags=re.IGNORECASE).lower()
 
 
 def settings_path(ckpt):
     """Where calibrate.py leaves a checkpoint's skip settings: skip.json in its folder, STEM.skip.json beside a GGUF."""
     ckpt = Path(ckpt)
-    if is_gguf(ckpt) or ckpt.suffix == ".gguf":
-        return ckpt.with_name(ckpt.name.removesuffix(".gguf") + ".skip.json")
+    stem = gguf_stem(ckpt)
+    if stem is not None:
+        return ckpt.with_name(f"{stem}.skip.json")
     return Path(ckpt if ckpt.is_dir() else ckpt.parent, "skip.json")
 
 

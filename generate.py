@@ -203,13 +203,13 @@ def speedup_bound(model, saved):
     return read / (read - saved * weights["feed_forward"])
 
 
-def comparison(dense_run, other, model):
-    """What --compare adds to the JSON; first_difference is None where both texts are the same."""
+def comparison(generations, reports, model):
+    """What --compare adds to the JSON, dense first; first_difference is None where both texts are the same."""
     differences = []
-    for a, b in zip(dense_run.ids, other.ids):
+    for a, b in zip(*(generation.ids for generation in generations)):
         differences.append(None if a == b else common.first_difference(a, b))
-    report = other.report()
-    speed, dense_speed = report["decode_tokens_per_s"], dense_run.report()["decode_tokens_per_s"]
+    dense_report, report = reports
+    speed, dense_speed = report["decode_tokens_per_s"], dense_report["decode_tokens_per_s"]
     return dict(
         first_difference=differences if len(differences) > 1 else differences[0],
         speedup=speed / dense_speed if speed and dense_speed else None,
@@ -319,7 +319,7 @@ def main(argv=None):
     for generation in generations:
         generation.finish(on_text)
     reports = [generation.report() for generation in generations]
-    extra = comparison(*generations, model) if options.compare else {}
+    extra = comparison(generations, reports, model) if options.compare else {}
     if options.trace:
         write_trace(options.trace, generations[-1])
     if options.json:

@@ -108,9 +108,14 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
+def policy_warm_up(policy, context):
+    """The dense model's ratios are counted from where those of the others in its row are."""
+    return getattr(policy, "warm_up_index", context.warm_up_index)
+
+
 def count_blocks(ran, token_index, policy, context):
     """FFN blocks [skipped, of all] past the warm-up, then the same over all generated tokens; see tracing.Trace."""
-    warm_up_index = getattr(policy, "warm_up_index", context.warm_up_index)
+    warm_up_index = policy_warm_up(policy, context)
     return [*saved_blocks(ran, token_index, warm_up_index), *saved_blocks(ran, token_index, -1)]
 
 
@@ -267,9 +272,10 @@ def write_texts(model, tokenizer, policy, prompts, context, stop=True):
         trace = Trace()
         rows = [prompts[i][-max(1, model.args.max_seq_len - room) :] for i in batch]
         columns = list(generate(model, rows, room, policy, eos_ids=stops, trace=trace))
+        ran, token_index = trace.ran, trace.token_index  # (layer, batch, token), (batch, token)
         for row, i in enumerate(batch):
             ids = [column[row] for column in columns if column[row] is not None and column[row] not in stops]
-            own = trace.ran[:, row], trace.token_index[row]
+            own = ran[:, row], token_index[row]
             texts[i] = Text(ids, count_blocks(*own, policy, context), *own)
     return [texts[i] for i in range(len(prompts))]
 
@@ -322,7 +328,7 @@ def worstcase(model, tokenizer, policy, records, context):
     edges.append(context.max_new_tokens)
     never, total = Counter(), Counter()
     for text in texts:
-        past = text.token_index > getattr(policy, "warm_up_index", context.warm_up_index)
+        past = text.token_index > policy_warm_up(policy, context)
         for full, index in zip(text.ran[:, past].all(0).tolist(), text.token_index[past].tolist()):
             edge = min(edge for edge in edges if index < edge)
             total[edge] += 1
