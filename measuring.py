@@ -8,6 +8,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy
 import torch
 
 from common import progress, read_utf8
@@ -194,6 +195,19 @@ def quality(model, windows, policy, reference):
     nll, kl, top1 = torch.cat(scores, dim=1).double().mean(1).tolist()
     skipped, blocks = map(sum, zip(*counts))
     return dict(ffn_skip_ratio=skipped / blocks, perplexity=math.exp(nll), kl=kl, top1=top1)
+
+
+def mean_interval(values, resamples=1000, seed=0):
+    """(mean, low, high): the mean of a list of numbers and the 95 % bootstrap interval of it (Efron 1979)."""
+    values = numpy.asarray(values, dtype=float)
+    drawn = numpy.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = numpy.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
+    return values.mean().item(), low.item(), high.item()
+
+
+def paired_interval(ours, theirs, resamples=1000, seed=0):
+    """mean_interval of ours - theirs, two lists of one number per item (question, window, prompt) in the same order."""
+    return mean_interval(numpy.subtract(ours, theirs, dtype=float), resamples, seed)
 
 
 def bring_to(at, low, high, wanted, tolerance=0.003, tries=14, first=None):

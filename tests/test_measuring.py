@@ -16,7 +16,9 @@ from measuring import (
     bring_to,
     compare_with_dense,
     cut,
+    mean_interval,
     measure,
+    paired_interval,
     quality,
     read_jsonl,
     read_text,
@@ -206,3 +208,14 @@ def test_bring_to_begins_where_it_is_told_and_ends_when_it_is_near():
     tried.clear()
     assert bring_to(at, 0, 1, 0.3, tolerance=1e-9, tries=3, first=0.9)[0] == min(tried, key=lambda v: abs(0.7 - v**2))
     assert len(tried) == 3 and tried[0] == 0.9 and max(tried[1:]) < 0.9  # 0.9 skips 0.19: too little
+
+
+def test_paired_interval_holds_the_mean_and_narrows_where_items_agree():
+    """The spread that two lists share, question by question, is none of their difference's."""
+    theirs = [float(i % 7) for i in range(100)]
+    ours = [value + 0.5 + 0.1 * (i % 2) for i, value in enumerate(theirs)]
+    mean, low, high = paired_interval(ours, theirs)
+    assert mean == pytest.approx(0.55) and low < mean < high and high - low < 0.03
+    assert paired_interval(ours, theirs) == (mean, low, high)  # the same resamples every time
+    wide = mean_interval(ours)
+    assert wide[2] - wide[1] == pytest.approx(2 * 1.96 * torch.tensor(ours).std().item() / 10, rel=0.15)
