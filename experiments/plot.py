@@ -7,14 +7,17 @@ Draw what was measured, each picture beside its CSV, or print it:
     python experiments/plot.py TRACE.csv 30          prints the token with token_index 30, layer by layer
     python experiments/plot.py perplexity.csv kl     prints a column of evaluate.py's CSV as a Markdown table
     python experiments/plot.py bench.csv 7B          prints bench.py's rows for the models of that name as one
+    python experiments/plot.py JUDGED.csv lost       prints what policies lost to the dense model in a judge's eyes; or
+                                                     their `score`, or what they are `behind` ffnskip at the same ratio
 """
 
-import csv
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from rows import by_panel, interval, logs, read
 
 import common
 
@@ -30,36 +33,25 @@ PANELS = {  # task: one panel per column, {column: title of its axis}, against t
     "summarize": {"rouge_l": "ROUGE-L"},
     "collapse": {"looping": "texts with a loop of 32 tokens", "parts_from_dense": "first token that differs"},
 }
-
-
-def read(path):
-    """The rows of a CSV as dicts, with its numbers as floats. Raises ValueError if rows differ in length."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
-    for row in rows:
-        if None in row or None in row.values():
-            raise ValueError(f"{path}: not a CSV: rows of different lengths")
-        for key, value in row.items():
-            try:
-                row[key] = float(value)
-            except ValueError:
-                pass  # a text
-    return rows
+NOTHING = f"""nothing to draw: pictures are made of generate.py's traces, bench.py's CSVs, the authors' logs, and \
+evaluate.py's CSVs named {", ".join(PANELS)} (of two ratios), warmup or worstcase; of others, name a column to print"""
 
 
 def panel(axes, rows, x, x_title, y, y_title, log=False):
-    """Column y of the rows over column x: one curve per policy, and the dense model as a dashed line."""
-    colours = []
-    for policy in dict.fromkeys(row["policy"] for row in rows):
-        points = sorted((row[x], row[y]) for row in rows if row["policy"] == policy and row[x] != "" and row[y] != "")
-        if points and policy != "dense":
-            colour = COLOURS.get(policy.split()[0].removesuffix("_cosine"), "#555555")
-            alpha, width = 0.75 ** colours.count(colour), 2.5 if policy == "ffnskip" else 1.3
-            axes.plot(*zip(*points), "o-", markersize=4, label=policy, color=colour, alpha=alpha, linewidth=width)
-            colours.append(colour)
-    for value in {row[y] for row in rows if row["policy"] == "dense"}:
+    """Column y of the rows over column x, with intervals: a curve per policy, the dense model as a dashed line."""
+    rows, colours = [row for row in rows if "" not in (row[x], row[y])], []
+    for policy in dict.fromkeys(row["policy"] for row in rows if row["policy"] != "dense"):
+        points = sorted((row[x], row[y], *interval(row, y)) for row in rows if row["policy"] == policy)
+        xs, ys, lows, highs = zip(*points)
+        colour = COLOURS.get(policy.split()[0].removesuffix("_cosine"), "#555555")
+        style = dict(color=colour, alpha=0.75 ** colours.count(colour))
+        axes.plot(xs, ys, "o-", markersize=4, label=policy, linewidth=2.5 if policy == "ffnskip" else 1.3, **style)
+        axes.vlines(xs, lows, highs, linewidth=1, **style)
+        colours.append(colour)
+    for value, low, high in {(row[y], *interval(row, y)) for row in rows if row["policy"] == "dense"}:
         if value > 1e-6 or not log:  # KL from itself is 0
             axes.axhline(value, color="black", linestyle="--", linewidth=1, label="dense")
+            axes.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
     finish(axes, x_title, y_title, log)
 
 
@@ -98,14 +90,16 @@ def against_warm_up(figure, rows):
 def by_position(figure, rows):
     """Table 6: the share of tokens that skip nothing, by how far into the text they are."""
     axes = figure.subplots()
-    edges = [column for column in rows[0] if column.startswith("never_below_")]
+    edges = [column for column in rows[0] if column.startswith("never_below_") and column[-1].isdigit()]
     rows = [row for row in rows if row["policy"] != "dense"]
     width = 0.8 / len(rows)
     for i, row in enumerate(rows):
         skip = row["skip"] or "threshold " + row["setting"].split("sim_threshold=")[-1]
         style = dict(color=COLOURS.get(row["policy"], "#555555"), alpha=1 - 0.2 * (i % 4))
         for j, edge in enumerate(edges):
-            axes.bar(j - 0.4 + (i + 0.5) * width, row[edge] or 0, width, label=f"{row['policy']} {skip}", **style)
+            x, ends = j - 0.4 + (i + 0.5) * width, [end or 0 for end in interval(row, edge)]
+            axes.bar(x, row[edge] or 0, width, label=f"{row['policy']} {skip}", **style)
+            axes.vlines(x, *ends, color="black", linewidth=1)
     axes.set_xticks(range(len(edges)), ["below " + edge.split("_")[-1] for edge in edges])
     finish(axes, "token_index", "share of tokens that skip nothing")
 
@@ -125,6 +119,18 @@ def speed(figure, rows):
         axes.plot(x, bound, color="black", linestyle="--", linewidth=1, label="bound by bytes")
         axes.set_title(kind, fontsize=9)
         finish(axes, "share of FFN blocks skipped", "decoding speed over dense")
+
+
+def points_lost(figure, rows):
+    """Figures 3 and 4: what policies lost to the dense model, one panel per category, or per length and criterion."""
+    panels = by_panel(rows)
+    grid = figure.subplots((len(panels) + 3) // 4, 4, sharex=True, sharey=True, squeeze=False)
+    for axes, (title, shown) in zip(grid.flat, panels.items()):
+        shown.append(dict(policy="dense", ffn_skip_ratio=0.0, lost=0.0))
+        panel(axes, shown, "ffn_skip_ratio", "share of FFN blocks skipped", "lost", "points lost to dense")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlim(left=0)
+        axes.label_outer()
 
 
 def cosine_curves(figure, models):
@@ -175,10 +181,13 @@ def walk(rows, token_index):
 
 def table(rows, column, by_bytes):
     """
-    Print policies by wanted ratios as Markdown; each cell has the column's value and the share of FFN blocks skipped,
-    or by_bytes the share of bytes not read, for which policies of whole layers have rows of their own.
+    Print policies by wanted ratios as Markdown; each cell has the column's value, its interval and the share of FFN
+    blocks skipped, or by_bytes of bytes not read, for which policies of whole layers have rows of their own.
     """
     ratio, layers = "bytes_saved" if by_bytes else "ffn_skip_ratio", set()
+    missing = {"policy", "skip", "match", ratio} - rows[0].keys()
+    if missing:
+        raise ValueError(f"no table of evaluate.py: it has no column {' or '.join(sorted(missing))}")
     if by_bytes:
         layers = {row["policy"] for row in rows if row["match"] == "bytes"}
     skips = sorted({row["skip"] for row in rows if row["skip"] != ""})
@@ -187,14 +196,25 @@ def table(rows, column, by_bytes):
     lines = {}  # {policy: {wanted ratio: what was measured}}
     for row in rows:
         if (row["match"] == "bytes") == (row["policy"] in layers):
-            value = f"{row[column]:.3g}" if row[column] < 1000 else f"{row[column]:.0f}"
-            cell = f"{value} at {row[ratio]:.1%}"
-            lines.setdefault(row["policy"], {}).setdefault(row["skip"], []).append(cell)
+            lines.setdefault(row["policy"], {}).setdefault(row["skip"], []).append(cell(row, column, ratio))
     for name, line in lines.items():
         cells = ["; ".join(line.get(skip, ["-"])) for skip in skips]
         if name == "dense":  # which has no wanted ratio
             cells = ["; ".join(line[""])] + [""] * (len(skips) - 1)
         print("| " + " | ".join([name, *cells]) + " |")
+
+
+def cell(row, column, ratio):
+    """A row's value, interval, ratio and, where known, number of items, as text."""
+    if "" in (row[column], row[ratio]):
+        return "-"
+    texts = []
+    for number in row[column], *interval(row, column):
+        texts.append(f"{number:.3g}" if abs(number) < 1000 else f"{number:.0f}")
+    value, low, high = texts
+    ends = f" [{low}, {high}]" if low != high else ""
+    count = f" (n {row[f'{column}_n']})" if f"{column}_n" in row else ""
+    return f"{value}{ends} at {row[ratio]:.1%}{count}"
 
 
 def speed_table(rows, name):
@@ -217,12 +237,14 @@ def speed_table(rows, name):
 
 
 def draw(path, rows):
-    """Draw one CSV by its columns and, if evaluate.py wrote it, by its task, if there is something to show."""
+    """Draw one CSV by its columns and, if evaluate.py wrote it, its task; return whether there is something to show."""
     task, policies = path.stem.split("_")[0], {row.get("policy") for row in rows} - {"dense", None}
     if rows and "layer_0" in rows[0]:
         picture(path, heat_map, rows, size=(10, 4))
     elif rows and "variant" in rows[0]:
         picture(path, speed, rows, size=(12, 3.8))
+    elif rows and "log" in rows[0]:
+        picture(path, points_lost, rows, size=(11, 7))
     elif policies and task == "warmup":
         picture(path, against_warm_up, rows)
     elif policies and task == "worstcase" and any(row["never"] for row in rows):  # else every token skipped something
@@ -230,6 +252,9 @@ def draw(path, rows):
     elif policies and task in PANELS and len({row["skip"] for row in rows}) > 2:  # that of dense is empty
         wide = len(PANELS[task]) + any(row["match"] == "bytes" for row in rows)
         picture(path, against_ratio, rows, PANELS[task], task == "perplexity", size=(5 * wide + 1.5, 4))
+    else:
+        return False
+    return True
 
 
 def picture(path, fill, *args, size=(6.5, 4)):
@@ -263,23 +288,27 @@ def main(argv=None):
         raise ValueError(f"{path}: no such file or folder")
     if path.is_dir() and what is not None:
         raise ValueError(f"{path}: a folder: give the path of a CSV in it")
+    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
     if options.path is None:
-        files = ROOT / "config" / "smollm2-135m-instruct.json", ROOT / "config" / "llama-2-7b.json"
-        picture(path / "curve", cosine_curves, [common.read_json(file) for file in files], size=(10, 3.4))
-    if path.is_dir():
-        for file in sorted(path.glob("*.csv")):
-            draw(file, read(file))
-        return
-    rows = read(path)
-    if not rows:
+        models = ROOT / "config" / "smollm2-135m-instruct.json", ROOT / "config" / "llama-2-7b.json"
+        picture(path / "curve", cosine_curves, [common.read_json(file) for file in models], size=(10, 3.4))
+        files += sorted((path / "authors_logs").glob("*.csv"))
+    tables = {file: read(file) for file in files}
+    rows = tables.get(path)
+    if rows == []:
         raise ValueError(f"{path}: no row in it")
     if what is None:
-        draw(path, rows)
-    elif "layer_0" in rows[0]:
+        drawn = [draw(file, rows) for file, rows in tables.items()]
+        if not any(drawn):
+            raise ValueError(f"{path}: {NOTHING}")
+        return
+    if "log" in rows[0]:
+        rows = logs(rows)
+    if "layer_0" in rows[0]:
         walk(rows, what)
     elif "variant" in rows[0]:
         speed_table(rows, what)
-    elif all(isinstance(row.get(what), float) for row in rows):
+    elif any(isinstance(row.get(what), float) for row in rows):
         table(rows, what, options.bytes)
     else:
         raise ValueError(f"{path}: no column of numbers {what}: choose from {', '.join(rows[0])}")

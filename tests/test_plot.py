@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import plot
 import pytest
 from test_golden import GOLDEN
+
+from measuring import mean_interval, paired_interval
 
 ENV = os.environ | dict(OMP_NUM_THREADS="1")
 STORY = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "
@@ -88,6 +91,81 @@ def test_a_column_is_a_table_of_policies_by_wanted_ratios(folder, capsys):
     ]
 
 
+def test_intervals_are_printed_where_a_row_has_one_and_seeds_are_one_row(tmp_path, capsys):
+    """Of several seeds the mean is printed, and the lowest and the highest end of their intervals."""
+    dense = dict(policy="dense", skip="", match="ffn", warm_up_index=25, seed="", ffn_skip_ratio=0, kl=0, kl_low="")
+    ffnskip = dense | dict(policy="ffnskip", skip=0.05, ffn_skip_ratio=0.048, kl=44.21, kl_low=42.12, kl_high=1046.4)
+    seeds = [dict(seed=seed, kl=seed, kl_low=seed - 1, kl_high=seed + 0.5) for seed in (2, 3, 7)]
+    random = [ffnskip | dict(policy="random") | values for values in seeds]
+    ffnskip |= dict(difference=0.5, difference_low=-0.25, difference_high=1)
+    unknown = ffnskip | dict(policy="static", ffn_skip_ratio="")  # where all texts end within the warm-up
+    columns = dense | dict(kl_high="", difference="", difference_low="", difference_high="")
+    write(tmp_path / "x.csv", [columns, ffnskip, *random, unknown])
+    assert printed(capsys, tmp_path / "x.csv", "kl")[2:] == [
+        "| dense | 0 at 0.0% |",
+        "| ffnskip | 44.2 [42.1, 1046] at 4.8% |",
+        "| random | 4 [1, 7.5] at 4.8% |",
+        "| static | - |",
+    ]
+    lines = printed(capsys, tmp_path / "x.csv", "difference")[2:]  # of dense from itself there is none
+    assert lines[:3] == ["| dense | - |", "| ffnskip | 0.5 [-0.25, 1] at 4.8% |", "| random | - |"]
+
+
+def authors_logs():
+    """Rows as in results/authors_logs/, in which the judge's reply about question 3 could not be read."""
+    scores = {"no_prune": [9, 8, 7, 6, 9, 5], "cosine_pattern_5_False": [9, 6, "", 6, 7, 5]}
+    scores |= {"baseline_pattern_5_False": [1, 6, 7, 5, 7, 2], "cosine_pattern_4_True": [1, 1, 1, 1, "", ""]}
+    rows = []
+    for log, values in scores.items():
+        ratio = "" if log == "no_prune" else 10.4
+        for number, score in reversed(list(enumerate(values, 1))):
+            rows.append(dict(log=log, question_id=number, category="fermi", skip_ratio_percent=ratio, score=score))
+    return rows
+
+
+def cell(interval, ratio, n):
+    return "{:.3g} [{:.3g}, {:.3g}] at {} (n {})".format(*[round(value, 2) for value in interval], ratio, n)
+
+
+def test_the_authors_logs_are_compared_by_question(tmp_path, capsys):
+    """Mean scores, and those of dense and of ffnskip minus them, over the questions that both have a score for."""
+    path = tmp_path / "judged.csv"
+    write(path, authors_logs())
+    ours = [5, 7, 6, 6, 9]  # of questions 6, 5, 4, 2, 1
+    assert printed(capsys, path, "score") == [
+        "| policy | 10% |",
+        "| --- | --- |",
+        f"| dense | {cell(mean_interval([5, 9, 6, 7, 8, 9]), '0.0%', 6)} |",
+        f"| ffnskip | {cell(mean_interval(ours), '10.4%', 5)} |",
+        "| random | 1 at 10.4% (n 4) |",  # too few for an interval
+        f"| static | {cell(mean_interval([2, 7, 5, 7, 6, 1]), '10.4%', 6)} |",
+    ]
+    lost = printed(capsys, path, "lost")
+    assert lost[3] == f"| ffnskip | {cell(paired_interval([5, 9, 6, 8, 9], ours), '10.4%', 5)} |"
+    behind = printed(capsys, path, "behind")
+    assert behind[5] == f"| static | {cell(paired_interval(ours, [2, 7, 5, 6, 1]), '10.4%', 5)} |"
+
+
+def test_summaries_have_a_dense_score_in_each_row_and_the_mean_of_their_criteria(tmp_path, capsys):
+    rows = []
+    for question in range(1, 7):
+        for criterion, better in ("fluency", 1), ("relevance", question):
+            row = dict(log="cosine_pattern_25per_False", question_id=question, length="small", criterion=criterion)
+            rows.append(row | dict(skip_ratio_percent=24.7, score_dense=3 + better, score=3))
+    write(tmp_path / "judged.csv", rows)
+    expected = cell(mean_interval([1, 1.5, 2, 2.5, 3, 3.5]), "24.7%", 6)
+    assert printed(capsys, tmp_path / "judged.csv", "lost")[2:] == [f"| ffnskip | {expected} |"]
+
+
+def test_the_readme_shows_all_that_is_printed_of_the_authors_logs(capsys, monkeypatch):
+    monkeypatch.chdir(plot.ROOT)
+    page = (plot.ROOT / "experiments" / "README.md").read_text()
+    found = re.findall(r"`python experiments/plot.py (\S*/authors_logs/\S+) (\w+)`[^|]*\n\n((?:\|.*\n)+)", page)
+    assert len(found) > 3
+    for path, column, lines in found:
+        assert printed(capsys, path, column) == lines.splitlines()
+
+
 def test_speeds_are_a_table_of_the_models_of_that_name(folder, capsys):
     assert printed(capsys, folder / "b.csv", "7b") == [
         "Some-7B: bfloat16, 2 threads of CPU, 148 columns of cache, commit abc, torch 2:",
@@ -108,6 +186,10 @@ def test_speeds_are_a_table_of_the_models_of_that_name(folder, capsys):
 @pytest.mark.parametrize("argv, message", [
     (["x.csv", "nosuch"], "x.csv: no column of numbers nosuch: choose from policy, skip"),
     (["x.csv", "policy"], "x.csv: no column of numbers policy"),
+    (["x.csv", "kl_low"], "x.csv: no column of numbers kl_low"),
+    (["other.csv"], "other.csv: nothing to draw: pictures are made of generate.py's traces"),
+    (["x.csv"], "x.csv: nothing to draw"),
+    (["other.csv", "a"], "no table of evaluate.py: it has no column ffn_skip_ratio or match or policy or skip"),
     (["empty.csv"], "empty.csv: no row in it"),
     (["nosuch.csv"], "nosuch.csv: no such file"),
     ([".", "kl"], "a folder: give the path of a CSV"),
@@ -117,6 +199,12 @@ def test_speeds_are_a_table_of_the_models_of_that_name(folder, capsys):
 def test_what_cannot_be_drawn_is_one_line(folder, argv, message):
     done = subprocess.run([sys.executable, plot.__file__, *argv], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_folder_without_anything_to_draw_says_so(tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot.main([str(tmp_path)])
 
 
 def test_pictures_need_matplotlib_and_tables_do_not(folder, monkeypatch, capsys):
@@ -198,6 +286,32 @@ def test_a_task_is_drawn_against_the_ratio_and_against_bytes(monkeypatch, tmp_pa
         assert "dense" not in curves_of(figure.axes[1])  # its KL from itself is 0, which no logarithmic axis has
 
 
+def test_intervals_are_drawn_as_bars_and_that_of_dense_as_a_band(monkeypatch, tmp_path):
+    rows = evaluated("mmlu")
+    rows[0] |= dict(all_low=28, all_high=31)
+    rows[1] |= dict(all_low=20, all_high=40)
+    write(tmp_path / "mmlu.csv", rows)
+    axes = figure_of(monkeypatch, tmp_path / "mmlu.csv").axes[0]
+    bars = [segment.tolist() for collection in axes.collections for segment in collection.get_segments()]
+    assert bars[0] == [[0.1, 20], [0.1, 40]]
+    assert all(start == end for start, end in bars[1:])  # rows without one
+    (band,) = axes.patches
+    assert {y for _, y in band.get_path().vertices * [1, band.get_height()] + [0, band.get_y()]} == {28, 31}
+
+
+def test_the_authors_logs_are_drawn_by_category(monkeypatch, tmp_path):
+    few = [row | dict(category="coding") for row in authors_logs() if row["question_id"] in (1, 4)]
+    write(tmp_path / "judged.csv", authors_logs() + few)
+    figure = figure_of(monkeypatch, tmp_path / "judged.csv")
+    fermi, coding = figure.axes[:2]
+    assert fermi.get_title() == "fermi (n 4 to 6)" and coding.get_title() == "coding (n 2)"
+    assert labels(figure) == ["ffnskip", "random", "static", "dense"]
+    curves = curves_of(fermi)
+    assert curves["ffnskip"][0] == pytest.approx((0.104, 0.8)) and curves["dense"][0][1] == 0
+    mean, low, high = paired_interval([5, 9, 6, 8, 9], [5, 7, 6, 6, 9])
+    assert fermi.collections[0].get_segments()[0][:, 1] == pytest.approx([low, high], abs=0.005)
+
+
 def test_warm_up_is_drawn_by_policy_and_ratio(monkeypatch, tmp_path):
     write(tmp_path / "warmup.csv", evaluated("warmup"))
     figure = figure_of(monkeypatch, tmp_path / "warmup.csv")
@@ -209,13 +323,15 @@ def test_warm_up_is_drawn_by_policy_and_ratio(monkeypatch, tmp_path):
 
 def test_worst_cases_are_drawn_by_position(monkeypatch, tmp_path):
     rows = evaluated("worstcase")
-    rows[1] |= dict(skip="", setting="FFNSkip(sim_threshold=0.9")
+    rows[0] |= dict(never_below_64_low="", never_below_64_high="")
+    rows[1] |= dict(skip="", setting="FFNSkip(sim_threshold=0.9", never_below_64_low=0.5, never_below_64_high=1.5)
     write(tmp_path / "worstcase.csv", rows[:3])
     figure = figure_of(monkeypatch, tmp_path / "worstcase.csv")
     assert labels(figure) == ["random threshold 0.9", "random 0.2"]
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["below 64", "below 128"]
     heights = [bar.get_height() for bar in figure.axes[0].patches]
     assert heights == pytest.approx([1.1, 0, 1.2, 0]) and len(heights) == 4  # where nothing is known there is no bar
+    assert figure.axes[0].collections[0].get_segments()[0][:, 1].tolist() == [0.5, 1.5]
 
 
 def test_speed_is_drawn_for_each_model_with_the_bound(monkeypatch, folder):
@@ -257,7 +373,7 @@ def test_without_a_path_all_results_and_the_cosines_of_config_are_drawn(monkeypa
 
 @pytest.mark.parametrize("task, flags", [
     ("perplexity", ["--data", "text.raw", "--limit", "128", "--skip", "0.1,0.2"]),
-    ("warmup", ["--data", "text.raw", "--limit", "128", "--warm-up-index=-1,8"]),
+    ("warmup", ["--data", "text.raw", "--limit", "128", "--warm-up-index=-1,8", "--prompt-tokens", "8"]),
     ("worstcase", ["--data", "c4.jsonl", "--limit", "1", "--max-new-tokens", "80"]),
 ])  # fmt: skip
 def test_what_evaluate_writes_is_drawn(tmp_path, task, flags):
