@@ -17,6 +17,7 @@ from load_weights import load_model, load_tokenizer
 from model import KVCache, dense
 from show import comparison_summary, print_texts, summary, write_trace
 from skip import Trace
+from trace_page import write_page
 
 QUESTION = "What are the most famous sights of Paris?"
 
@@ -230,7 +231,8 @@ def parse_args(argv):
     add("--json", action="store_true", help="print one JSON object and nothing else on standard output")
     add("--compare", action="store_true", help="run dense too, token by token in turn, and print both texts and speeds")
     add("--show-skips", action="store_true", help="shade each token by how many of its FFN blocks were skipped")
-    add("--trace", metavar="FILE", help="write what was skipped as CSV, one row per token")
+    add("--trace", metavar="FILE", help="write what was skipped: a page for the browser if FILE ends in .html, else "
+        "CSV, one row per token")
     add = common.add_skip_arguments(parser).add_argument
     add("--policy", help="dense, ffnskip (the default where there are settings), one of experiments/baselines.py, or "
         "FILE.py:FACTORY")
@@ -320,7 +322,9 @@ def main(argv=None):
         generation.finish(on_text)
     reports = [generation.report() for generation in generations]
     extra = comparison(generations, reports, model) if options.compare else {}
-    if options.trace:
+    if options.trace and options.trace.endswith((".html", ".htm")):
+        write_page(options.trace, generations, prompts)
+    elif options.trace:
         write_trace(options.trace, generations[-1])
     if options.json:
         used = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_p", "seed")}

@@ -87,6 +87,12 @@ def test_sampling_repeats_with_its_seed_and_greedy_ignores_it(report):
     assert draw("--seed", "1") == draw("--seed", "2") == draw("--temperature", "1", "--top-p", "0.00001")
 
 
+def test_a_trace_named_html_is_a_page(tmp_path, run):
+    page = tmp_path / "trace.html"
+    run(*SKIP, "--max-new-tokens", "3", "--compare", "--trace", str(page), "Layers 3 to")
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
 def test_skipping_is_reported_traced_and_compared(tmp_path, run, report):
     trace = tmp_path / "trace.csv"
     out = report(*SKIP, "--max-new-tokens", "10", "--compare", "--trace", str(trace), "Layers 3 to")
