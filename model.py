@@ -98,7 +98,10 @@ class KVCache:
             keep = active[:, None, :, None].to(k.device)  # (batch, seq) -> (batch, 1, seq, 1)
             k, v = torch.where(keep, k, all_k[:, :, start:]), torch.where(keep, v, all_v[:, :, start:])
         all_k[:, :, start:], all_v[:, :, start:] = k, v
-        self.written[layer_id, :, start:end] |= active is None or active
+        if active is None:
+            self.written[layer_id, :, start:end] = True
+        else:
+            self.written[layer_id, :, start:end] |= active
         return all_k, all_v
 
     def complete(self):

@@ -64,9 +64,9 @@ class RMSNorm(nn.RMSNorm):
         if not is_one_row(x):
             out = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
             return out.type_as(x)  # PyTorch 2.5 would round twice in 16 bits; later ones do the same as this
-        x32 = x.float()  # a dot product and two multiplications instead of ten operations
-        scale = (torch.dot(x32.view(-1), x32.view(-1)).item() / x.size(-1) + self.eps) ** -0.5
-        return (x32 * scale * self.weight).type_as(x)
+        x32 = x.float().view(-1)  # a dot product and two multiplications instead of ten operations
+        scale = (torch.dot(x32, x32).item() / x.size(-1) + self.eps) ** -0.5
+        return (x32 * scale * self.weight).type_as(x).view(x.shape)
 
 
 def scaled_dot_product_attention(q, k, v, mask, cache):
