@@ -154,6 +154,7 @@ def add_skip_arguments(parser):
     add("--k", type=int, help="skip K blocks at a time; 0: all up to --cold-e, as Algorithm 1 is printed")
     add("--no-recheck", dest="recheck", action="store_false", default=None, help="after K blocks, run the rest in full")
     add("--full-every", type=int, metavar="N", help="run every Nth token in full; 0: none")
+    add("--standins", metavar="FILE", help="the fit of experiments/standins.py, for --policy standins")
     return group
 
 
@@ -263,6 +264,22 @@ def settings_path(ckpt):
     return Path(ckpt if ckpt.is_dir() else ckpt.parent, "skip.json")
 
 
+def fitted_path(ckpt):
+    """Where experiments/standins.py leaves its fit: beside the settings, standins.safetensors for skip.json."""
+    path = settings_path(ckpt)
+    return path.with_name(path.name.replace("skip.json", "standins.safetensors"))
+
+
+def find_fitted(options, ckpt):
+    """The fit that --standins names, or one beside the checkpoint or under config/; None if there is none."""
+    if options.standins:
+        return options.standins
+    for path in fitted_path(ckpt), HERE / "config" / f"{model_name(ckpt)}.standins.safetensors":
+        if path.exists():
+            return path
+    return None
+
+
 def load_settings(path, name, n_layers):
     """The arguments of FFNSkip in a settings file, and its `ratios`. Raises ValueError if they are another model's."""
     try:
@@ -311,6 +328,8 @@ def find_settings(options, ckpt, n_layers):
 
 def find_factory(name):
     """make(model, skip, warm_up_index=None, tokens=None, seed=0) -> policy, by its name. Raises ValueError."""
+    if name == "standins":
+        return load_module(HERE / "experiments" / "standins.py").make
     file, _, factory = name.rpartition(":")
     policies = load_module(HERE / "experiments" / "baselines.py").POLICIES
     make = getattr(load_module(Path(file)), factory, None) if file else policies.get(name)
@@ -318,14 +337,15 @@ def find_factory(name):
         raise ValueError(f"no policy {name}: {file} defines no function or class {factory}")
     if not callable(make):
         names = ", ".join(policies)
-        raise ValueError(f"no policy {name}: choose from dense, ffnskip, {names}, or FILE.py:FACTORY")
+        raise ValueError(f"no policy {name}: choose from dense, ffnskip, standins, {names}, or FILE.py:FACTORY")
     return make
 
 
-def find_policy(name, model, settings=None, skip=None, warm_up_index=None, tokens=None, seed=0):
+def find_policy(name, model, settings=None, skip=None, warm_up_index=None, tokens=None, seed=0, fitted=None):
     """
-    The policy called `name`: dense, ffnskip (from its settings), one of experiments/baselines.py, or FILE.py:FACTORY as
-    in find_factory. skip, warm_up_index: None for what the settings or the policy say. Raises ValueError.
+    The policy called `name`: dense, ffnskip (from its settings), standins (from the file `fitted`), one of
+    experiments/baselines.py, or FILE.py:FACTORY as in find_factory. skip, warm_up_index: None for what the settings or
+    the policy say. Raises ValueError.
     """
     if name == "dense":
         if skip is not None or warm_up_index is not None:
@@ -340,6 +360,8 @@ def find_policy(name, model, settings=None, skip=None, warm_up_index=None, token
     if skip is None:
         raise ValueError(f"policy {name} needs --skip, the share of feed-forward blocks to skip")
     arguments = dict(warm_up_index=warm_up_index, tokens=tokens, seed=seed)
+    if name == "standins":
+        arguments["fitted"] = fitted
     try:
         inspect.signature(make).bind(model, skip, **arguments)
     except TypeError as error:
@@ -385,7 +407,8 @@ def load_module(path):
             return module
     if str(HERE) not in sys.path:
         sys.path.insert(0, str(HERE))  # so that a policy file, wherever it lies, can import model and skip
-    policy_files.add(str(path.resolve()))
+    if path.resolve().parent != HERE / "experiments":  # whose mistakes are the user's, in words, without a line
+        policy_files.add(str(path.resolve()))
     spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     if spec is None:
         raise ValueError(f"{path}: not a Python file: its name must end in .py")

@@ -234,8 +234,8 @@ def parse_args(argv):
     add("--trace", metavar="FILE", help="write what was skipped: a page for the browser if FILE ends in .html, else "
         "CSV, one row per token")
     add = common.add_skip_arguments(parser).add_argument
-    add("--policy", help="dense, ffnskip (the default where there are settings), one of experiments/baselines.py, or "
-        "FILE.py:FACTORY")
+    add("--policy", help="dense, ffnskip (the default where there are settings), standins, one of "
+        "experiments/baselines.py, or FILE.py:FACTORY")
     add("--skip", type=float, metavar="R", help="share of all FFN blocks to skip past the warm-up")
     add("--warm-up-index", type=int, metavar="N", help="generated tokens 0 to N run in full; -1: none do")
     add("--skip-prompt", action="store_true", help="skip in the prompt as well, past its own warm-up")
@@ -278,7 +278,9 @@ def choose_policy(options, ckpt, model):
         command = "python calibrate.py" + (f" --ckpt {options.ckpt}" if options.ckpt else "")
         name_of_model = common.model_name(ckpt)
         print(f"[no skip settings for {name_of_model}, so nothing is skipped: {command} makes them]", file=sys.stderr)
-    policy = common.find_policy(name, model, settings, options.skip, options.warm_up_index, seed=options.seed)
+    fitted = common.find_fitted(options, ckpt) if name == "standins" else None
+    given = options.skip, options.warm_up_index
+    policy = common.find_policy(name, model, settings, *given, seed=options.seed, fitted=fitted)
     if name == "ffnskip":
         return name, policy, asdict(policy)
     return name, policy, {} if name == "dense" else dict(skip=options.skip)

@@ -71,7 +71,9 @@ def bytes_per_skip(name, model):
 
 def at_ratio(name, model, skip, tokens, settings, warm_up_index, options):
     """(policy, its ratio): a baseline or a policy of a file, brought as near to `skip` of the FFN blocks of tokens."""
-    own = {}  # arguments of two baselines alone
+    own = {}  # arguments of three policies alone
+    if name == "standins":
+        own = dict(fitted=common.find_fitted(options, common.find_checkpoint(options.ckpt)))
     if name == "skipdecode":
         own = dict(target_len=options.target_len)
     if name == "static":

@@ -1,0 +1,165 @@
+"""standins.py: closed forms against plain ones, and a policy that keeps what every policy here promises."""
+
+import json
+import math
+
+import pytest
+import standins
+import torch
+from safetensors.torch import save_file
+from test_golden import GOLDEN
+from tiny import close, mistake, new_cache, run, tiny_model
+
+import generate
+from skip import Trace
+
+
+def random_fit(model, rank=3, seed=0):
+    """Tensors of the right shapes, whose probe tells tokens apart."""
+    torch.manual_seed(seed)
+    n_layers, dim = model.args.n_layers, model.args.dim
+    return dict(
+        down=torch.randn(n_layers, rank, dim) * 0.1, up=torch.randn(n_layers, dim, rank) * 0.1,
+        mean=torch.randn(n_layers, dim) * 0.1, probe=torch.randn(n_layers, dim), bias=torch.randn(n_layers),
+    )
+
+
+def make_policy(model, log_budget=0.0, most=100):
+    return standins.StandIns(random_fit(model), log_budget, most, warm_up_index=2)
+
+
+def text(model, batch=2, seq=20):
+    return torch.randint(model.args.vocab_size, (batch, seq), generator=torch.Generator().manual_seed(1))
+
+
+def test_a_ridge_regression_is_least_squares_with_weighted_rows():
+    torch.manual_seed(0)
+    x, y, weight = torch.randn(50, 4).double(), torch.randn(50, 2).double(), torch.rand(50).double() + 0.1
+    slope, bias, _ = standins.fit_ridge(x, y, weight, ridge=0.0)
+    ones = torch.cat([x, torch.ones(50, 1).double()], dim=1) * weight.sqrt()[:, None]
+    expected = torch.linalg.lstsq(ones, y * weight.sqrt()[:, None]).solution
+    assert torch.allclose(torch.cat([slope, bias[None]]), expected, atol=1e-9)
+
+
+def test_a_map_of_full_rank_is_the_regression_and_a_smaller_one_the_best_of_its_rank():
+    torch.manual_seed(0)
+    x, weight = torch.randn(200, 5).double(), torch.ones(200).double()
+    y = x @ torch.randn(5, 5).double() + 0.1 * torch.randn(200, 5).double() + 3
+    errors = []
+    for rank in 5, 3, 1:
+        down, up, mean = standins.fit_map(x, y, weight, rank)
+        assert down.shape == (rank, 5) and up.shape == (5, rank)
+        errors.append((x @ down.T @ up.T + mean - y).square().sum().item())
+    slope, bias, _ = standins.fit_ridge(x, y, weight, 0.1)
+    assert errors[0] == pytest.approx((x @ slope + bias - y).square().sum().item())
+    assert errors[0] < errors[1] < errors[2]
+    down, up, mean = standins.fit_map(x, x[:, :1] @ torch.ones(1, 5).double(), weight, 1)  # a map of rank one
+    assert torch.allclose(x @ down.T @ up.T + mean, (x @ down.T @ up.T + mean)[:, :1].expand(-1, 5), atol=1e-9)
+
+
+def test_the_line_turns_a_mean_of_logarithms_into_nats():
+    """The probe sees the logarithm of a noisy harm, whose mean is e^2 times as high as its logarithm's mean says."""
+    torch.manual_seed(0)
+    x = torch.randn(20000, 2).double()
+    harm = (x[:, 0] + 2 * torch.randn(20000).double()).exp()
+    held = torch.arange(20000) % 5 == 4
+    probe, bias = standins.fit_probe(x, harm, torch.ones(20000).double(), held)
+    assert bias.item() == pytest.approx(2, abs=0.3) and probe[0].item() == pytest.approx(1, abs=0.25)
+
+
+def test_gradients_are_those_of_the_whole_model():
+    """Layer by layer they equal what autograd finds for the sum of log-likelihoods of the labels that were drawn."""
+    model = tiny_model(n_layers=3)
+    ids = text(model, 1, 40)[0].tolist()
+    found = standins.gradients(model, [(ids, 0)], seed=0)
+    with torch.enable_grad():
+        states = [model.tok_embeddings(torch.tensor([ids])).requires_grad_()]
+        for layer in model.layers:  # each with a cache of its own, which is written in place
+            states.append(layer(states[-1], standins.new_step(model, ids, 0)[1]))
+        logits = model.logits(states[-1])[0] / standins.TEMPERATURE
+    torch.manual_seed(0)
+    labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
+    loss = standins.TEMPERATURE * torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    for layer, gradient in enumerate(torch.autograd.grad(loss, states[1:])):
+        assert close(found[layer][0], gradient[0, 26:])
+
+
+def test_a_budget_of_nothing_is_dense_bit_for_bit():
+    model = tiny_model()
+    tokens = text(model)
+    assert torch.equal(model(tokens, policy=make_policy(model, -math.inf)), model(tokens))
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_one_pass_is_token_by_token_and_the_cache_is_complete(chunk):
+    model = tiny_model()
+    tokens, whole = text(model), Trace()
+    expected = model(tokens, policy=make_policy(model), trace=whole)
+    cache, trace = new_cache(model, 2), Trace()
+    out = run(model, tokens, chunks=chunk, cache=cache, policy=make_policy(model), trace=trace)
+    assert torch.equal(trace.ran, whole.ran) and 0.1 < trace.ffn_skip_ratio(2) < 0.9
+    assert close(out, expected) and cache.complete()
+
+
+def test_no_token_skips_more_than_its_cap_and_none_within_the_warm_up():
+    model, trace = tiny_model(), Trace()
+    model(text(model), policy=make_policy(model, math.inf, most=2), trace=trace)
+    skipped = (~trace.ran).sum(0)
+    assert (skipped[:, 3:] == 2).all() and (skipped[:, :3] == 0).all()
+
+
+def test_what_stands_in_is_the_low_rank_map():
+    model = tiny_model(n_layers=1)
+    policy, tokens = make_policy(model, math.inf), text(model, 1, 4)
+    fitted, layer = policy.fitted, model.layers[0]
+
+    def by_hand(layers, x, step):
+        h = layer.add_attention(x, step)
+        normed = layer.ffn_norm(h)
+        stand_in = h + normed @ fitted["down"][0].T @ fitted["up"][0].T + fitted["mean"][0]
+        return torch.where(step.token_index[..., None] > 2, stand_in, layer.add_feed_forward(h, step))
+
+    assert close(model(tokens, policy=policy), model(tokens, policy=by_hand))
+
+
+def test_a_fit_brings_a_policy_to_its_ratio_and_does_less_harm_than_leaving_blocks_out(tmp_path):
+    model = tiny_model(n_layers=3, dtype=torch.float32)
+    windows = [(ids, 0) for ids in text(model, 12, 60).tolist()]
+    fitted = standins.fit_twice(model, windows, rank=8, seed=0)
+    file = str(tmp_path / "f.safetensors")
+    save_file({name: value.contiguous() for name, value in fitted.items()}, file,
+              dict(budgets=json.dumps([[0.1, -9.0], [0.3, -7.0]])))
+    tokens = text(model, 4, 60)
+    policy = standins.make(model, 0.3, tokens=tokens, fitted=file)
+    trace = Trace()
+    skipping = model(tokens, policy=policy, trace=trace)
+    assert trace.ffn_skip_ratio(25) == pytest.approx(0.3, abs=0.02)
+
+    def without(layers, x, step):
+        for layer in layers:
+            x = layer.add_feed_forward(layer.add_attention(x, step), step, active=trace.ran[layer.layer_id])
+        return x
+
+    dense = model(tokens)
+    assert (skipping - dense).square().mean() < (model(tokens, policy=without) - dense).square().mean()
+    chat = standins.make(model, 0.2, fitted=file)
+    assert chat.log_budget == pytest.approx(-8) and chat.most == 1
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    model, file = tiny_model(), tmp_path / "f.safetensors"
+    with pytest.raises(ValueError, match="needs a fit of this checkpoint: python experiments/standins.py"):
+        standins.make(model, 0.2)
+    file.write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match="no fit of experiments/standins.py"):
+        standins.make(model, 0.2, fitted=str(file))
+    other = random_fit(tiny_model(n_layers=model.args.n_layers + 1))
+    save_file(other, str(file), dict(budgets="[[0.1, -9.0]]"))
+    with pytest.raises(ValueError, match="and this model has"):
+        standins.make(model, 0.2, fitted=str(file))
+    save_file(random_fit(model), str(file), dict(budgets="[[0.1, -9.0]]"))
+    with pytest.raises(ValueError, match="knows budgets for"):
+        standins.make(model, 0.9, fitted=str(file))
+    args = ["--ckpt", str(GOLDEN / "hf-gqa"), "--policy", "standins", "--skip", "0.2", "x"]
+    assert mistake(capsys, generate.main, *args).startswith("error: policy standins needs a fit of this checkpoint")
+    assert "no checkpoint at" in mistake(capsys, standins.main, "--text", str(file), "--ckpt", "nosuch")
