@@ -298,7 +298,7 @@ def main(argv=None):
     if rows == []:
         raise ValueError(f"{path}: no row in it")
     if what is None:
-        drawn = [draw(file, rows) for file, rows in tables.items()]
+        drawn = [draw(file, found) for file, found in tables.items()]
         if not any(drawn):
             raise ValueError(f"{path}: {NOTHING}")
         return
