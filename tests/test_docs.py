@@ -21,7 +21,8 @@ import plot
 PAGES = "README.md", "docs/walkthrough.md", "experiments/README.md"
 README = (ROOT / "README.md").read_text()
 PROGRAMS = "generate.py", "calibrate.py", "load_weights.py"
-PYTHON = {*PROGRAMS, "experiments/evaluate.py", "experiments/bench.py", "experiments/plot.py"}
+PYTHON = {*PROGRAMS, "experiments/evaluate.py", "experiments/bench.py", "experiments/plot.py",
+          "experiments/standins.py"}
 
 
 def commands(page):
