@@ -98,10 +98,7 @@ class KVCache:
             keep = active[:, None, :, None].to(k.device)  # (batch, seq) -> (batch, 1, seq, 1)
             k, v = torch.where(keep, k, all_k[:, :, start:]), torch.where(keep, v, all_v[:, :, start:])
         all_k[:, :, start:], all_v[:, :, start:] = k, v
-        if active is None:
-            self.written[layer_id, :, start:end] = True
-        else:
-            self.written[layer_id, :, start:end] |= active
+        self.written[layer_id, :, start:end] |= active is None or active
         return all_k, all_v
 
     def complete(self):
