@@ -22,7 +22,17 @@ import torch
 
 import common
 from load_weights import load_model, load_tokenizer, read_checkpoint
-from measuring import bring_to, measure, quality, read_cosines, read_text, skip_ratio, text_windows, written_windows
+from measuring import (
+    bring_to,
+    measure,
+    quality,
+    quality_table,
+    read_cosines,
+    read_text,
+    skip_ratio,
+    text_windows,
+    written_windows,
+)
 from skip import FULL, FFNSkip
 
 NEVER = 2.0  # a threshold no cosine reaches
@@ -232,11 +242,7 @@ def choose(model, held_out, cosines, makers, options):
         best = verify(model, held_out, reference, cosines, make, options.skip)
         if best is not None:
             found[name], qualities[name] = best, best[1]
-    rows = [["on text held out:", "skipped", "perplexity", "KL", "top-1 as dense"]]
-    for name, q in qualities.items():
-        cells = f"{q['ffn_skip_ratio']:.3f}", f"{q['perplexity']:.2f}", f"{q['kl']:.3f}", f"{q['top1']:.1%}"
-        rows.append([name, *cells])
-    print(*common.table(rows), sep="\n", flush=True)
+    print(*quality_table(qualities), sep="\n", flush=True)
     return found
 
 

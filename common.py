@@ -255,19 +255,23 @@ def model_name(path):
     return re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$|-hf$", "", name, flags=re.IGNORECASE).lower()
 
 
-def settings_path(ckpt):
-    """Where calibrate.py leaves a checkpoint's skip settings: skip.json in its folder, STEM.skip.json beside a GGUF."""
+def beside(ckpt, name):
+    """Where a file of that name is kept for a checkpoint: in its folder, or as STEM.NAME beside a GGUF file."""
     ckpt = Path(ckpt)
     stem = gguf_stem(ckpt)
     if stem is not None:
-        return ckpt.with_name(f"{stem}.skip.json")
-    return Path(ckpt if ckpt.is_dir() else ckpt.parent, "skip.json")
+        return ckpt.with_name(f"{stem}.{name}")
+    return Path(ckpt if ckpt.is_dir() else ckpt.parent, name)
+
+
+def settings_path(ckpt):
+    """Where calibrate.py leaves a checkpoint's skip settings."""
+    return beside(ckpt, "skip.json")
 
 
 def fitted_path(ckpt):
-    """Where experiments/standins.py leaves its fit: beside the settings, standins.safetensors for skip.json."""
-    path = settings_path(ckpt)
-    return path.with_name(path.name.replace("skip.json", "standins.safetensors"))
+    """Where experiments/standins.py leaves its fit of a checkpoint."""
+    return beside(ckpt, "standins.safetensors")
 
 
 def find_fitted(options, ckpt):

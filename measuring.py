@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from common import progress, read_utf8
+from common import progress, read_utf8, table
 from generate import check_finite, check_ids, generate
 from model import KVCache, dense
 from skip import FFNSkip, Trace
@@ -103,10 +103,13 @@ def text_windows(tokenizer, text, n_tokens, size=512):
     return [(window, 0) for window in cut(ids, size, begin=tokenizer.encode(""))]
 
 
-def written_windows(model, prompts, n_new, seed):
-    """Windows (ids, prompt_len) of prompts, lists of ids, each with n_new tokens that the model draws for it."""
-    steps = list(generate(model, prompts, n_new, temperature=1.0, seed=seed))
-    return [(prompt + [step[row] for step in steps], len(prompt)) for row, prompt in enumerate(prompts)]
+def written_windows(model, prompts, n_new, seed, temperature=1.0, eos_ids=()):
+    """Windows (ids, prompt_len) of prompts, lists of ids, each with up to n_new tokens that the model draws for it."""
+    steps, windows = list(generate(model, prompts, n_new, temperature=temperature, seed=seed, eos_ids=eos_ids)), []
+    for row, prompt in enumerate(prompts):
+        written = [step[row] for step in steps if step[row] is not None]
+        windows.append((prompt + written, len(prompt)))
+    return windows
 
 
 def as_tokens(model, ids):
@@ -195,6 +198,15 @@ def quality(model, windows, policy, reference):
     nll, kl, top1 = torch.cat(scores, dim=1).double().mean(1).tolist()
     skipped, blocks = map(sum, zip(*counts))
     return dict(ffn_skip_ratio=skipped / blocks, perplexity=math.exp(nll), kl=kl, top1=top1)
+
+
+def quality_table(qualities):
+    """Lines for people of {name: what `quality` returns}."""
+    rows = [["on text held out:", "skipped", "perplexity", "KL", "top-1 as dense"]]
+    for name, q in qualities.items():
+        cells = f"{q['ffn_skip_ratio']:.3f}", f"{q['perplexity']:.2f}", f"{q['kl']:.3f}", f"{q['top1']:.1%}"
+        rows.append([name, *cells])
+    return table(rows)
 
 
 def mean_interval(values, resamples=1000, seed=0):

@@ -24,9 +24,18 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import common
-from generate import generate
 from load_weights import load_model, load_tokenizer
-from measuring import as_tokens, as_windows, bring_to, quality, read_text, skip_ratio, text_windows
+from measuring import (
+    as_tokens,
+    as_windows,
+    bring_to,
+    quality,
+    quality_table,
+    read_text,
+    skip_ratio,
+    text_windows,
+    written_windows,
+)
 from model import KVCache
 from one_row import linear
 
@@ -197,7 +206,7 @@ def gradients(model, windows, seed):
 
 
 @torch.no_grad()
-def fit(model, windows, gradient, rank, log_budget=None):
+def fit(model, windows, gradient, rank, log_budget=-math.inf):
     """
     Fit every layer in turn: (tensors by PARTS, predicted log harm (layer, tokens)). With a budget, later layers see the
     states that earlier stand-ins leave, and each is fitted again with the tokens that skip counted five times. Every
@@ -206,31 +215,33 @@ def fit(model, windows, gradient, rank, log_budget=None):
     fitted, predictions = {name: [] for name in PARTS}, []
     states = [model.tok_embeddings(as_tokens(model, ids)) for ids, _ in windows]
     steps = [new_step(model, *window)[1] for window in windows]
-    held = torch.cat([may_skip(step)[may_skip(step)] & (i % 5 == 4) for i, step in enumerate(steps)])  # (tokens,)
+    wheres = [may_skip(step) for step in steps]
+    held = torch.cat([where[where] & (i % 5 == 4) for i, where in enumerate(wheres)])  # (tokens,)
     for layer, g in zip(common.progress(model.layers, "fitting"), gradient):
         normed, out = [], []
-        for i, step in enumerate(steps):
-            h = layer.add_attention(states[i], step)  # (1, seq, dim)
-            block = layer.feed_forward(layer.ffn_norm(h))
-            normed.append(layer.ffn_norm(h)[0, may_skip(step)])  # (tokens, dim)
-            out.append(block[0, may_skip(step)])
+        for i, where in enumerate(wheres):
+            h = layer.add_attention(states[i], steps[i])  # (1, seq, dim)
+            normed_h = layer.ffn_norm(h)
+            block = layer.feed_forward(normed_h)
+            normed.append(normed_h[0, where])  # (tokens, dim)
+            out.append(block[0, where])
             states[i] = h + block
         g, normed, out = torch.cat(g).float(), torch.cat(normed).float(), torch.cat(out).float()
         weight = torch.ones(len(normed), device=normed.device)
-        for _ in range(1 if log_budget is None else 2):
+        for _ in range(1 if log_budget == -math.inf else 2):
             down, up, mean = fit_map(normed[~held], out[~held], weight[~held], rank)
             error = normed @ down.T @ up.T + mean - out
             harm = (error * g).sum(-1).square() / 2 + 1e-12
             probe, bias = fit_probe(normed, harm, weight, held)
             prediction = normed @ probe + bias
-            skips = prediction < (-math.inf if log_budget is None else log_budget)
+            skips = prediction < log_budget
             weight = 1 + 4 * skips.float()
         for name, value in zip(PARTS, (down, up, mean, probe, bias)):
             fitted[name].append(value)
         predictions.append(prediction)
-        changes = (error * skips[:, None]).to(states[0].dtype).split([may_skip(step).sum() for step in steps])
-        for state, step, change in zip(states, steps, changes):
-            state[0, may_skip(step)] += change
+        changes = (error * skips[:, None]).to(states[0].dtype).split([where.sum().item() for where in wheres])
+        for state, where, change in zip(states, wheres, changes):
+            state[0, where] += change
     return {name: torch.stack(values) for name, values in fitted.items()}, torch.stack(predictions)
 
 
@@ -254,13 +265,8 @@ def chat_windows(model, tokenizer, text, n, n_new=192):
         except ValueError:  # no chat template: a model that goes on writing
             prompts.append(tokenizer.encode(sentence))
     for start in common.progress(range(0, len(prompts), batch), "writing chat"):
-        some = prompts[start : start + batch]
-        steps = list(generate(model, some, n_new, eos_ids=tokenizer.eos_ids))
-        for row, prompt in enumerate(some):
-            answer = [step[row] for step in steps if step[row] is not None]
-            if len(answer) > WARM_UP_INDEX + 9:
-                windows.append((prompt + answer, len(prompt)))
-    return windows
+        windows += written_windows(model, prompts[start : start + batch], n_new, 0, 0.0, tokenizer.eos_ids)
+    return [(ids, prompt_len) for ids, prompt_len in windows if len(ids) - prompt_len > WARM_UP_INDEX + 9]
 
 
 def gather(model, tokenizer, options):
@@ -305,19 +311,17 @@ def main(argv=None):
     for skip in 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4:
         policy = at_ratio(model, parts, skip, cap(model, skip), chat_held)
         budgets.append([skip, policy.log_budget])
-    reference, measured = {}, []
-    for log_budget in -math.inf, budgets[3][1], budgets[5][1]:
+    reference, measured = {}, {}
+    tried = {"dense": -math.inf, "budget of 15 % of chat": budgets[3][1], "budget of 25 % of chat": budgets[5][1]}
+    for name, log_budget in tried.items():
         policy = StandIns(parts, log_budget, model.args.n_layers)
-        measured.append(quality(model, text_held, policy, reference))
-    about = dict(model=common.model_name(ckpt), rank=options.rank, seed=options.seed, budgets=budgets, quality=measured,
-                 corpus=[Path(file).name for file in options.text], tokens=sum(len(ids) for ids, _ in windows))
+        measured[name] = quality(model, text_held, policy, reference)
+    about = dict(model=common.model_name(ckpt), rank=options.rank, seed=options.seed, budgets=budgets,
+                 quality=list(measured.values()), corpus=[Path(file).name for file in options.text],
+                 tokens=sum(len(ids) for ids, _ in windows))
     save_file({name: value.contiguous().cpu() for name, value in parts.items()}, out,
               {name: common.to_json(value) for name, value in about.items()})
-    rows = [["on text held out", "skipped", "perplexity", "KL", "top-1 as dense"]]
-    for name, q in zip(("dense", "budget of 15 % of chat", "budget of 25 % of chat"), measured):
-        cells = f"{q['ffn_skip_ratio']:.3f}", f"{q['perplexity']:.2f}", f"{q['kl']:.3f}", f"{q['top1']:.1%}"
-        rows.append([name, *cells])
-    print(*common.table(rows), f"written to {out}", sep="\n")
+    print(*quality_table(measured), f"written to {out}", sep="\n")
 
 
 if __name__ == "__main__":
