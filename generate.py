@@ -15,7 +15,7 @@ import torch
 import common
 from load_weights import load_model, load_tokenizer
 from model import KVCache, dense
-from show import comparison_summary, print_texts, summary, write_trace
+from show import TextStream, comparison_summary, print_texts, summary, write_trace
 from skip import Trace
 from trace_page import write_page
 
@@ -104,29 +104,6 @@ def check_ids(model, *texts):
     for ids in texts:
         if ids and max(ids) >= rows:
             raise ValueError(f"token {max(ids)} of the tokenizer has no row in tok_embeddings ({rows} rows)")
-
-
-class TextStream:
-    """Text of a growing list of ids, piece by piece. A piece is "" while the bytes of a character are not all there."""
-
-    def __init__(self, tokenizer, prompt):
-        self.tokenizer = tokenizer
-        self.ids = list(prompt[-8:])  # whether a word begins with a space depends on what stands before it
-        self.start, self.read = 0, len(self.ids)
-
-    def add(self, token):
-        """The text that is certain now that `token` has come."""
-        self.ids.append(token)
-        return self.rest(certain=True)
-
-    def rest(self, certain=False):
-        """The text not given yet; at the end, what is left of an unfinished character too."""
-        before = self.tokenizer.decode(self.ids[self.start : self.read])
-        text = self.tokenizer.decode(self.ids[self.start :])
-        if certain and text.endswith("\ufffd"):
-            return ""
-        self.start, self.read = self.read, len(self.ids)
-        return text[len(before) :]
 
 
 class Generation:
@@ -279,8 +256,9 @@ def choose_policy(options, ckpt, model):
         name_of_model = common.model_name(ckpt)
         print(f"[no skip settings for {name_of_model}, so nothing is skipped: {command} makes them]", file=sys.stderr)
     fitted = common.find_fitted(options, ckpt) if name == "standins" else None
-    given = options.skip, options.warm_up_index
-    policy = common.find_policy(name, model, settings, *given, seed=options.seed, fitted=fitted)
+    policy = common.find_policy(
+        name, model, settings, options.skip, options.warm_up_index, seed=options.seed, fitted=fitted
+    )
     if name == "ffnskip":
         return name, policy, asdict(policy)
     return name, policy, {} if name == "dense" else dict(skip=options.skip)

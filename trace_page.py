@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import common
+from show import TextStream
 from skip import FFNSkip
 
 PLACE = "TRACE_AS_JSON"  # where the data goes in trace_page.html
@@ -52,8 +53,6 @@ def describe_run(generation):
 
 def describe_text(generation, row, ran, cosine, token_index):
     """One dict per token of a prompt and its answer. Those that the model has not read have no index and no layers."""
-    from generate import TextStream  # not above, since generate.py imports this file
-
     prompt, ids = generation.prompts[row], generation.ids[row]
     padding = max(map(len, generation.prompts)) - len(prompt)
     n_read = len(prompt) + len(ids) - 1 if ids else 0  # the last token is written, and never read
