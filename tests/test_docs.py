@@ -91,7 +91,7 @@ def tables(text):
     return {command: lines.splitlines() for command, lines in found}
 
 
-@pytest.mark.parametrize("page", ["README.md", "experiments/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "experiments/README.md", "docs/standins.md"])
 def test_the_figures_are_those_of_the_results(page, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = tables((ROOT / page).read_text())
