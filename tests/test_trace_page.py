@@ -118,6 +118,11 @@ def test_the_page_is_self_contained_whatever_the_text_is(tmp_path, model):
 
 # Run in the browser: what the panel shows of each token, and to which tokens keys and pointer lead from the first.
 IN_BROWSER = """<script>
+const focus = HTMLElement.prototype.focus;
+HTMLElement.prototype.focus = function () {  // a window that is not active yet moves its focus and tells nobody
+  focus.call(this);
+  if (!document.hasFocus()) this.dispatchEvent(new FocusEvent("focusin", {bubbles: true}));
+};
 const tokens = [...document.querySelectorAll(".text span")], panels = [], ways = [];
 for (const token of tokens) {
   token.focus();
