@@ -347,9 +347,9 @@ def find_factory(name):
 
 def find_policy(name, model, settings=None, skip=None, warm_up_index=None, tokens=None, seed=0, fitted=None):
     """
-    The policy called `name`: dense, ffnskip (from its settings), standins (from the file `fitted`), one of
-    experiments/baselines.py, or FILE.py:FACTORY as in find_factory. skip, warm_up_index: None for what the settings or
-    the policy say. Raises ValueError.
+    The policy called `name`: dense, ffnskip (from its settings), standins, one of experiments/baselines.py, or
+    FILE.py:FACTORY as in find_factory. skip, warm_up_index: None for what the settings or the policy say. `fitted`, the
+    file of a fit, is for a factory that has an argument of that name. Raises ValueError.
     """
     if name == "dense":
         if skip is not None or warm_up_index is not None:
@@ -364,9 +364,9 @@ def find_policy(name, model, settings=None, skip=None, warm_up_index=None, token
     if skip is None:
         raise ValueError(f"policy {name} needs --skip, the share of feed-forward blocks to skip")
     arguments = dict(warm_up_index=warm_up_index, tokens=tokens, seed=seed)
-    if name == "standins":
-        arguments["fitted"] = fitted
     try:
+        if "fitted" in inspect.signature(make).parameters:
+            arguments["fitted"] = fitted
         inspect.signature(make).bind(model, skip, **arguments)
     except TypeError as error:
         signature = "(model, skip, warm_up_index=None, tokens=None, seed=0)"

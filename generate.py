@@ -255,7 +255,7 @@ def choose_policy(options, ckpt, model):
         command = "python calibrate.py" + (f" --ckpt {options.ckpt}" if options.ckpt else "")
         name_of_model = common.model_name(ckpt)
         print(f"[no skip settings for {name_of_model}, so nothing is skipped: {command} makes them]", file=sys.stderr)
-    fitted = common.find_fitted(options, ckpt) if name == "standins" else None
+    fitted = common.find_fitted(options, ckpt)
     policy = common.find_policy(
         name, model, settings, options.skip, options.warm_up_index, seed=options.seed, fitted=fitted
     )

@@ -5,28 +5,29 @@ stand in for it. This project's own, beside the paper's Algorithm 1 and not in i
     python experiments/standins.py --text c4.jsonl wiki.train.raw     fits the demo model (--ckpt: another one)
     python generate.py --policy standins --skip 0.15 "..."            finds the fit beside the checkpoint
 
-All fits are closed form. In shapes, tokens are those of all calibration windows past the warm-up, and r is the rank.
+fit_standins.py holds the closed forms of the fit.
 """
 
 import json
 import math
 import re
 import sys
+import zlib
 from pathlib import Path
 
 import numpy
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from fit_standins import PARTS, WARM_UP_INDEX, fit_twice
+
 import common
 from load_weights import load_model, load_tokenizer
 from measuring import (
-    as_tokens,
     as_windows,
     bring_to,
     quality,
@@ -36,13 +37,7 @@ from measuring import (
     text_windows,
     written_windows,
 )
-from model import KVCache
 from one_row import linear
-
-WARM_UP_INDEX = 25
-TEMPERATURE = 2.0  # of the labels: confident text, such as a greedy answer, is not free to skip
-DESIGN = 0.25  # the share that skips while layers are fitted, each on the states that the ones before leave
-PARTS = "down", "up", "mean", "probe", "bias"
 
 
 class StandIns:
@@ -55,24 +50,42 @@ class StandIns:
         self.fitted, self.log_budget, self.most, self.warm_up_index = fitted, log_budget, most, warm_up_index
 
     def __call__(self, layers, x, step):
-        left = (step.token_index > self.warm_up_index).int() * self.most  # (batch, seq): blocks it may still skip
+        may_skip = step.token_index > self.warm_up_index  # (batch, seq)
+        left = (may_skip * self.most).flatten().tolist()  # per token, how many blocks it may still skip
         for layer in layers:
             h = layer.add_attention(x, step)
-            if not left.any():
-                x = layer.add_feed_forward(h, step)
-                continue
-            down, up, mean, probe, bias = (self.fitted[name][layer.layer_id] for name in PARTS)
-            normed = layer.ffn_norm(h)
-            harm = (normed.float() @ probe + bias).cpu()  # (batch, seq), the logarithm of nats
-            skips = (harm < self.log_budget) & (left > 0)
-            if step.trace is not None and step.trace.cosines:
-                step.trace.record_cosine(layer.layer_id, harm.exp().flatten().tolist(), left > 0)
-            left = left - skips.int()
-            x = layer.add_feed_forward(h, step, active=~skips)
-            if skips.any():
-                stand_in = linear(linear(normed, down), up) + mean
-                x = torch.where(skips[..., None].to(x.device), h + stand_in, x)
+            skips = self.decide(h, layer, step, left) if any(left) else left
+            left = [n - skip for n, skip in zip(left, skips)]
+            active = None
+            if any(skips):
+                active = ~torch.tensor(skips).view(may_skip.shape)
+            x = self.add_feed_forward(layer, h, step, active)
         return x
+
+    def decide(self, h, layer, step, left):
+        """Per token of h, (batch, seq, dim), as a list: whether it skips this layer's block, since it does no harm."""
+        h = h.float().flatten(0, 1)  # -> (tokens, dim)
+        size = h.square().mean(-1) + layer.ffn_norm.eps
+        probe = self.fitted["probe"][layer.layer_id] * layer.ffn_norm.weight  # of what the norm makes of h
+        harm = (h @ probe * size.rsqrt() + self.fitted["bias"][layer.layer_id]).tolist()  # logarithms of nats
+        if step.trace is not None and step.trace.cosines:
+            step.trace.record_cosine(layer.layer_id, [math.exp(value) for value in harm], [n > 0 for n in left])
+        return [n > 0 and value < self.log_budget for n, value in zip(left, harm)]
+
+    def add_feed_forward(self, layer, h, step, active=None):
+        """The layer's own, except that a map stands in for it where not active."""
+        temp = layer.add_feed_forward(h, step, active)
+        if active is None or active.all():
+            return temp
+        down, up, mean = (self.fitted[name][layer.layer_id] for name in ("down", "up", "mean"))
+        stand_in = h + linear(linear(layer.ffn_norm(h), down), up) + mean
+        if not active.any():
+            return stand_in
+        return torch.where(active[..., None].to(h.device), temp, stand_in)  # (batch, seq) -> (batch, seq, 1)
+
+    def thresholds(self, n_layers):
+        """The budget in nats, per layer: what the page of a trace shows beside the predicted harm."""
+        return [math.exp(self.log_budget)] * n_layers
 
 
 def make(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
@@ -122,136 +135,16 @@ def load(path, model):
     if (n_layers, dim) != (model.args.n_layers, model.args.dim) or not budgets:
         raise ValueError(f"{path}: fitted for {n_layers} layers of width {dim}, and this model has "
                          f"{model.args.n_layers} of {model.args.dim}")
+    if about.get("weights") != fingerprint(model):
+        raise ValueError(f"{path}: fitted for other weights, those of {about.get('model')}: fit these anew")
     for name in "down", "up", "mean":
         parts[name] = parts[name].to(weight.dtype)
     return parts, about
 
 
-def weighted_mean(x, weight):
-    """(dim,) of x (tokens, dim), weighted by weight (tokens,)."""
-    return weight @ x / weight.sum()
-
-
-def fit_ridge(x, y, weight, ridge):
-    """(W, b, covariance) of the weighted ridge regression y = x @ W + b; ridge is in units of x's mean variance."""
-    x_mean, y_mean = weighted_mean(x, weight), weighted_mean(y, weight)
-    scaled = (x - x_mean) * weight[:, None] / weight.sum()  # (tokens, dim)
-    covariance = scaled.T @ (x - x_mean)
-    covariance.diagonal().add_(ridge * covariance.diagonal().mean())
-    slope = torch.linalg.solve(covariance, scaled.T @ (y - y_mean))
-    return slope, y_mean - x_mean @ slope, covariance
-
-
-def fit_map(normed, out, weight, rank):
-    """down (r, dim), up (dim, r), mean (dim,): reduced-rank regression of a block's output on its normed input."""
-    slope, mean, covariance = fit_ridge(normed, out, weight, 0.1)
-    _, vectors = torch.linalg.eigh(slope.T @ covariance @ slope)  # of what the full map explains, ascending
-    up = vectors[:, -rank:]
-    down = (slope @ up).T
-    left_out = slope - down.T @ up.T
-    return down, up, mean + weighted_mean(normed, weight) @ left_out
-
-
-def fit_probe(normed, harm, weight, held):
-    """probe (dim,), bias: log harm, predicted from the normed input; a line through tenths of `held` makes it nats."""
-    slope, bias, _ = fit_ridge(normed[~held], harm[~held, None].log(), weight[~held], 2.0)
-    order = (normed[held] @ slope + bias)[:, 0].sort()
-    predicted = torch.stack([part.mean() for part in order.values.tensor_split(10)])
-    true = torch.stack([part.mean().log() for part in harm[held][order.indices].tensor_split(10)])
-    tilt = ((predicted - predicted.mean()) * (true - true.mean())).sum() / predicted.var(correction=0) / 10
-    tilt = tilt.clamp(min=0.1)
-    return tilt * slope[:, 0], tilt * (bias[0] - predicted.mean()) + true.mean()
-
-
-def new_step(model, ids, prompt_len):
-    """(tokens (1, seq), Step) of a forward pass over one window, with a throw-away cache."""
-    tokens = as_tokens(model, ids)
-    weight = model.tok_embeddings.weight
-    cache = KVCache(model.args, 1, len(ids), weight.dtype, weight.device)
-    return tokens, model.prepare(tokens, cache, prompt_len, trace=None)
-
-
-def may_skip(step):
-    """(seq,) bool on the host: the tokens of a window that may skip."""
-    return step.token_index[0] > WARM_UP_INDEX
-
-
-@torch.no_grad()
-def gradients(model, windows, seed):
-    """
-    For each layer, and each window, (tokens, dim) in the model's dtype: the gradient of the loss at the layer's output,
-    with labels drawn from the model's own predictions. To second order an error e there costs (g . e)^2 / 2 nats (the
-    Fisher information). One layer at a time is run again under enable_grad, so that memory holds one window's states.
-    """
-    torch.manual_seed(seed)
-    found = [[] for _ in model.layers]
-    for ids, prompt_len in common.progress(windows, "gradients"):
-        tokens, step = new_step(model, ids, prompt_len)
-        states = [model.tok_embeddings(tokens)]  # (1, seq, dim) before each layer, and after the last
-        for layer in model.layers:
-            states.append(layer(states[-1], step))
-        with torch.enable_grad():
-            x = states[-1].requires_grad_()
-            logits = model.logits(x)[0] / TEMPERATURE  # (seq, vocab)
-            labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
-            loss = TEMPERATURE * F.cross_entropy(logits, labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, x)
-        for i in reversed(range(len(model.layers))):
-            found[i].append(gradient[0, may_skip(step)])
-            with torch.enable_grad():
-                x = states[i].requires_grad_()
-                out = model.layers[i](x, new_step(model, ids, prompt_len)[1])
-            (gradient,) = torch.autograd.grad(out, x, gradient)
-    return found
-
-
-@torch.no_grad()
-def fit(model, windows, gradient, rank, log_budget=-math.inf):
-    """
-    Fit every layer in turn: (tensors by PARTS, predicted log harm (layer, tokens)). With a budget, later layers see the
-    states that earlier stand-ins leave, and each is fitted again with the tokens that skip counted five times. Every
-    fifth window is kept for the line that turns the probe's scores into nats.
-    """
-    fitted, predictions = {name: [] for name in PARTS}, []
-    states = [model.tok_embeddings(as_tokens(model, ids)) for ids, _ in windows]
-    steps = [new_step(model, *window)[1] for window in windows]
-    wheres = [may_skip(step) for step in steps]
-    held = torch.cat([where[where] & (i % 5 == 4) for i, where in enumerate(wheres)])  # (tokens,)
-    for layer, g in zip(common.progress(model.layers, "fitting"), gradient):
-        normed, out = [], []
-        for i, where in enumerate(wheres):
-            h = layer.add_attention(states[i], steps[i])  # (1, seq, dim)
-            normed_h = layer.ffn_norm(h)
-            block = layer.feed_forward(normed_h)
-            normed.append(normed_h[0, where])  # (tokens, dim)
-            out.append(block[0, where])
-            states[i] = h + block
-        g, normed, out = torch.cat(g).float(), torch.cat(normed).float(), torch.cat(out).float()
-        weight = torch.ones(len(normed), device=normed.device)
-        for _ in range(1 if log_budget == -math.inf else 2):
-            down, up, mean = fit_map(normed[~held], out[~held], weight[~held], rank)
-            error = normed @ down.T @ up.T + mean - out
-            harm = (error * g).sum(-1).square() / 2 + 1e-12
-            probe, bias = fit_probe(normed, harm, weight, held)
-            prediction = normed @ probe + bias
-            skips = prediction < log_budget
-            weight = 1 + 4 * skips.float()
-        for name, value in zip(PARTS, (down, up, mean, probe, bias)):
-            fitted[name].append(value)
-        predictions.append(prediction)
-        changes = (error * skips[:, None]).to(states[0].dtype).split([where.sum().item() for where in wheres])
-        for state, where, change in zip(states, wheres, changes):
-            state[0, where] += change
-    return {name: torch.stack(values) for name, values in fitted.items()}, torch.stack(predictions)
-
-
-def fit_twice(model, windows, rank, seed):
-    """The tensors of fit: first on a quarter of the windows without skipping, which tells the budget for DESIGN."""
-    gradient = gradients(model, windows, seed)
-    _, predictions = fit(model, windows[::4], [g[::4] for g in gradient], rank)
-    fitted, _ = fit(model, windows, gradient, rank, predictions.flatten()[::7].quantile(DESIGN).item())
-    dtype = model.tok_embeddings.weight.dtype
-    return fitted | {name: fitted[name].to(dtype) for name in ("down", "up", "mean")}
+def fingerprint(model):
+    """A number that tells models of one shape apart: the checksum of the final norm, in the dtype that files have."""
+    return zlib.crc32(model.norm.weight.to(torch.bfloat16).view(torch.int16).cpu().numpy())
 
 
 def chat_windows(model, tokenizer, text, n, n_new=192):
@@ -316,8 +209,8 @@ def main(argv=None):
     for name, log_budget in tried.items():
         policy = StandIns(parts, log_budget, model.args.n_layers)
         measured[name] = quality(model, text_held, policy, reference)
-    about = dict(model=common.model_name(ckpt), rank=options.rank, seed=options.seed, budgets=budgets,
-                 quality=list(measured.values()), corpus=[Path(file).name for file in options.text],
+    about = dict(model=common.model_name(ckpt), weights=fingerprint(model), rank=options.rank, seed=options.seed,
+                 budgets=budgets, quality=list(measured.values()), corpus=[Path(file).name for file in options.text],
                  tokens=sum(len(ids) for ids, _ in windows))
     save_file({name: value.contiguous().cpu() for name, value in parts.items()}, out,
               {name: common.to_json(value) for name, value in about.items()})

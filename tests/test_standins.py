@@ -3,6 +3,8 @@
 import json
 import math
 
+import arms
+import fit_standins
 import pytest
 import standins
 import torch
@@ -24,6 +26,13 @@ def random_fit(model, rank=3, seed=0):
     )
 
 
+def write_fit(path, model, fitted, budgets):
+    """A fit file of the model; its name as text."""
+    about = dict(budgets=json.dumps(budgets), weights=str(standins.fingerprint(model)), model='"tiny"')
+    save_file({name: value.contiguous() for name, value in fitted.items()}, str(path), about)
+    return str(path)
+
+
 def make_policy(model, log_budget=0.0, most=100):
     return standins.StandIns(random_fit(model), log_budget, most, warm_up_index=2)
 
@@ -35,7 +44,7 @@ def text(model, batch=2, seq=20):
 def test_a_ridge_regression_is_least_squares_with_weighted_rows():
     torch.manual_seed(0)
     x, y, weight = torch.randn(50, 4).double(), torch.randn(50, 2).double(), torch.rand(50).double() + 0.1
-    slope, bias, _ = standins.fit_ridge(x, y, weight, ridge=0.0)
+    slope, bias, _ = fit_standins.fit_ridge(x, y, weight, ridge=0.0)
     ones = torch.cat([x, torch.ones(50, 1).double()], dim=1) * weight.sqrt()[:, None]
     expected = torch.linalg.lstsq(ones, y * weight.sqrt()[:, None]).solution
     assert torch.allclose(torch.cat([slope, bias[None]]), expected, atol=1e-9)
@@ -47,13 +56,13 @@ def test_a_map_of_full_rank_is_the_regression_and_a_smaller_one_the_best_of_its_
     y = x @ torch.randn(5, 5).double() + 0.1 * torch.randn(200, 5).double() + 3
     errors = []
     for rank in 5, 3, 1:
-        down, up, mean = standins.fit_map(x, y, weight, rank)
+        down, up, mean = fit_standins.fit_map(x, y, weight, rank)
         assert down.shape == (rank, 5) and up.shape == (5, rank)
         errors.append((x @ down.T @ up.T + mean - y).square().sum().item())
-    slope, bias, _ = standins.fit_ridge(x, y, weight, 0.1)
+    slope, bias, _ = fit_standins.fit_ridge(x, y, weight, 0.1)
     assert errors[0] == pytest.approx((x @ slope + bias - y).square().sum().item())
     assert errors[0] < errors[1] < errors[2]
-    down, up, mean = standins.fit_map(x, x[:, :1] @ torch.ones(1, 5).double(), weight, 1)  # a map of rank one
+    down, up, mean = fit_standins.fit_map(x, x[:, :1] @ torch.ones(1, 5).double(), weight, 1)  # a map of rank one
     assert torch.allclose(x @ down.T @ up.T + mean, (x @ down.T @ up.T + mean)[:, :1].expand(-1, 5), atol=1e-9)
 
 
@@ -63,7 +72,7 @@ def test_the_line_turns_a_mean_of_logarithms_into_nats():
     x = torch.randn(20000, 2).double()
     harm = (x[:, 0] + 2 * torch.randn(20000).double()).exp()
     held = torch.arange(20000) % 5 == 4
-    probe, bias = standins.fit_probe(x, harm, torch.ones(20000).double(), held)
+    probe, bias = fit_standins.fit_probe(x, harm, torch.ones(20000).double(), held)
     assert bias.item() == pytest.approx(2, abs=0.3) and probe[0].item() == pytest.approx(1, abs=0.25)
 
 
@@ -71,17 +80,19 @@ def test_gradients_are_those_of_the_whole_model():
     """Layer by layer they equal what autograd finds for the sum of log-likelihoods of the labels that were drawn."""
     model = tiny_model(n_layers=3)
     ids = text(model, 1, 40)[0].tolist()
-    found = standins.gradients(model, [(ids, 0)], seed=0)
+    found = fit_standins.gradients(model, [(ids, 0)], seed=0)
     with torch.enable_grad():
         states = [model.tok_embeddings(torch.tensor([ids])).requires_grad_()]
         for layer in model.layers:  # each with a cache of its own, which is written in place
-            states.append(layer(states[-1], standins.new_step(model, ids, 0)[1]))
-        logits = model.logits(states[-1])[0] / standins.TEMPERATURE
+            states.append(layer(states[-1], fit_standins.new_step(model, ids, 0)[1]))
+        logits = model.logits(states[-1])[0] / fit_standins.TEMPERATURE
     torch.manual_seed(0)
-    labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
-    loss = standins.TEMPERATURE * torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-    for layer, gradient in enumerate(torch.autograd.grad(loss, states[1:])):
-        assert close(found[layer][0], gradient[0, 26:])
+    labels = torch.multinomial(logits.detach().softmax(-1), fit_standins.DRAWS, replacement=True)
+    for draw in range(fit_standins.DRAWS):
+        loss = torch.nn.functional.cross_entropy(logits, labels[:, draw], reduction="sum")
+        gradients = torch.autograd.grad(fit_standins.TEMPERATURE * loss, states[1:], retain_graph=True)
+        for layer, gradient in enumerate(gradients):
+            assert close(found[layer][0][:, draw], gradient[0, 26:])
 
 
 def test_a_budget_of_nothing_is_dense_bit_for_bit():
@@ -125,10 +136,8 @@ def test_what_stands_in_is_the_low_rank_map():
 def test_a_fit_brings_a_policy_to_its_ratio_and_does_less_harm_than_leaving_blocks_out(tmp_path):
     model = tiny_model(n_layers=3, dtype=torch.float32)
     windows = [(ids, 0) for ids in text(model, 12, 60).tolist()]
-    fitted = standins.fit_twice(model, windows, rank=8, seed=0)
-    file = str(tmp_path / "f.safetensors")
-    save_file({name: value.contiguous() for name, value in fitted.items()}, file,
-              dict(budgets=json.dumps([[0.1, -9.0], [0.3, -7.0]])))
+    fitted = fit_standins.fit_twice(model, windows, rank=8, seed=0)
+    file = write_fit(tmp_path / "f.safetensors", model, fitted, [[0.1, -9.0], [0.3, -7.0]])
     tokens = text(model, 4, 60)
     policy = standins.make(model, 0.3, tokens=tokens, fitted=file)
     trace = Trace()
@@ -153,13 +162,54 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     file.write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match="no fit of experiments/standins.py"):
         standins.make(model, 0.2, fitted=str(file))
-    other = random_fit(tiny_model(n_layers=model.args.n_layers + 1))
-    save_file(other, str(file), dict(budgets="[[0.1, -9.0]]"))
+    other = tiny_model(n_layers=model.args.n_layers + 1)
+    write_fit(file, other, random_fit(other), [[0.1, -9.0]])
     with pytest.raises(ValueError, match="and this model has"):
         standins.make(model, 0.2, fitted=str(file))
-    save_file(random_fit(model), str(file), dict(budgets="[[0.1, -9.0]]"))
+    write_fit(file, model, random_fit(model), [[0.1, -9.0]])
     with pytest.raises(ValueError, match="knows budgets for"):
         standins.make(model, 0.9, fitted=str(file))
+    with torch.no_grad():
+        model.norm.weight[3] += 1
+    with pytest.raises(ValueError, match="fitted for other weights, those of tiny: fit these anew"):
+        standins.make(model, 0.1, fitted=str(file))
     args = ["--ckpt", str(GOLDEN / "hf-gqa"), "--policy", "standins", "--skip", "0.2", "x"]
     assert mistake(capsys, generate.main, *args).startswith("error: policy standins needs a fit of this checkpoint")
     assert "no checkpoint at" in mistake(capsys, standins.main, "--text", str(file), "--ckpt", "nosuch")
+
+
+@pytest.mark.parametrize("factory", [arms.by_layer, arms.by_cosine])
+def test_other_decisions_have_the_same_stand_ins(factory, tmp_path):
+    """What by_layer and by_cosine skip, done by hand with the same maps, gives the same logits."""
+    model = tiny_model()
+    fitted, tokens = random_fit(model), text(model)
+    file = write_fit(tmp_path / "f.safetensors", model, fitted, [[0.1, -9.0]])
+    policy, trace = factory(model, 0.25, 2, tokens, fitted=file), Trace()
+    out = model(tokens, policy=policy, trace=trace)
+    assert 0.1 < trace.ffn_skip_ratio(2) < 0.7
+    stand_ins = standins.StandIns(fitted, 0.0, 0)
+
+    def by_hand(layers, x, step):
+        for layer in layers:
+            h = layer.add_attention(x, step)
+            x = stand_ins.add_feed_forward(layer, h, step, active=trace.ran[layer.layer_id])
+        return x
+
+    assert close(out, model(tokens, policy=by_hand))
+    if factory is arms.by_layer:
+        skipped = ~trace.ran[:, :, 3:]  # (layer, batch, tokens past the warm-up)
+        assert (skipped.all(2).all(1) | ~skipped.any(2).any(1)).all()
+
+
+def test_a_map_that_replaces_layers_is_exact_where_they_are_linear():
+    """Layers whose blocks add nothing are the identity, which a regression must find; others are left alone."""
+    model = tiny_model(n_layers=4)
+    with torch.no_grad():
+        for layer in model.layers[1:3]:
+            layer.attention.wo.weight.zero_()
+            layer.feed_forward.w2.weight.zero_()
+    tokens = text(model)
+    policy, trace = arms.ReplaceMe(model, 0.5, 2, tokens), Trace()
+    assert policy.start == 1
+    assert close(model(tokens, policy=policy, trace=trace), model(tokens))
+    assert trace.ffn_skip_ratio(2) == 0.5 and trace.ran[:, :, :3].all()
