@@ -16,6 +16,8 @@ and peers follow in each repeat:
   ffnskip   Algorithm 1 with k=1 and no cold layers, at exactly the ratio asked for: cosines are measured and read back
             as ever, but then a plan drawn by chance, the same as in `fixed`, says which of them reach the threshold. It
             differs from token to token, and with --batch from row to row
+  standins  standins.py with maps of rank --rank in the place of what the same plan leaves out: every layer's harm is
+            predicted and read back. What stands in is counted in GB/s and in the bound. Not among the default variants
 The time of a token is its median over the repeats, and the table has the mean of that over the tokens.
 
 columns:
@@ -48,6 +50,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from peers import make_peers
+from standins import StandIns
 
 import common
 from generate import peak_memory
@@ -56,7 +59,7 @@ from model import SIZES, KVCache, ModelArgs, Transformer
 from one_row import way_of_one
 from skip import FFNSkip, Trace
 
-VARIANTS = ["dense", "monitor", "fixed", "ffnskip"]
+VARIANTS = ["dense", "monitor", "fixed", "ffnskip", "standins"]
 COLUMNS = dict(
     variant=("variant", "{}"), ffn_skip_ratio=("skipped", "{:.1%}"), columns=("columns", "{}"),
     prefill_tokens_per_s=("prefill", "{:.1f}"), decode_tokens_per_s=("decode", "{:.2f}"), spread=("+-", "{:.1%}"),
@@ -105,6 +108,27 @@ class Planned(FFNSkip):
         return self.scores[int(step.token_index[0, 0])][layer.layer_id]
 
 
+class PlannedStandIns(StandIns):
+    """Stand-ins of zeros, which take as long as others; harm is predicted and read back, but the plan decides."""
+
+    def __init__(self, plan, model, rank):
+        n_layers, dim = model.args.n_layers, model.args.dim
+        weight, self.plan = model.layers[0].feed_forward.w1.weight, plan
+        fitted = dict(probe=torch.zeros(n_layers, dim, device=weight.device), bias=[0.0] * n_layers)
+        for name, shape in dict(down=(rank, dim), up=(dim, rank), mean=(dim,)).items():
+            fitted[name] = torch.zeros(n_layers, *shape, dtype=weight.dtype, device=weight.device)
+        super().__init__(fitted, 0.0, n_layers, warm_up_index=-1)
+
+    def decide(self, h, layer, step, left):
+        super().decide(h, layer, step, left)
+        return self.plan[int(step.token_index[0, 0])][layer.layer_id]
+
+    def bytes_read(self, ffn_run):
+        """Of a step that runs the share ffn_run of the feed-forward blocks: all probes, and the maps of the rest."""
+        maps = sum(self.fitted[name].nbytes for name in ("down", "up", "mean"))
+        return self.fitted["probe"].nbytes + (1 - ffn_run) * maps
+
+
 class Variant:
     """The model under one policy, with its own cache: call `rewind`, then `forward` with the prompt and each token."""
 
@@ -133,6 +157,7 @@ def make_variants(model, options, columns):
         if skip > 0:
             plan = make_plan(n_layers, skip, columns - prompt, options.batch, options.seed)
             policies += [("fixed", Planned(plan, monitored=False)), ("ffnskip", Planned(plan, monitored=True))]
+            policies.append(("standins", PlannedStandIns(plan, model, options.rank)))
     wanted = ["dense", *options.variants]
     return [Variant(name, model, policy, options.batch, prompt, columns) for name, policy in policies if name in wanted]
 
@@ -217,6 +242,8 @@ def make_row(runner, base, bandwidth, start, end, options):
         ffn_run = ran.any(1).double().mean().item()  # the weights of a block are read if any row needs them
     attended = (start + end + 1) / 2  # columns, by the mean step
     needed = bytes_needed(base.model, base.cache, attended, ffn_run)
+    if isinstance(runner, Variant) and isinstance(runner.policy, PlannedStandIns):
+        needed += runner.policy.bytes_read(ffn_run)
     bound = bytes_needed(base.model, base.cache, attended) / needed
     possible = base_seconds * (1 - 1 / bound)  # seconds that can be saved
     return dict(
@@ -335,7 +362,8 @@ def parse_args(argv):
     add("--shape", choices=SIZES, help="instead: random weights of that size of LLaMA-2; default --dtype bfloat16")
     add("--layers", type=positive, metavar="N", help="with --shape: so many layers, and the whole head")
     add("--skip", type=shares, default="0.05,0.1,0.2,0.3,0.5", help="shares of FFN blocks (default %(default)s)")
-    add("--variants", type=names, default=",".join(VARIANTS), help="default %(default)s; dense always runs")
+    add("--variants", type=names, default=",".join(VARIANTS[:4]), help="default %(default)s; dense always runs")
+    add("--rank", type=positive, default=192, metavar="R", help="of the maps of variant standins (default 192)")
     add("--peers", action="store_true", help="also transformers and llama.cpp (CPU, --batch 1), where installed")
     add("--prompt", type=positive, default=128, metavar="N", help="tokens of the prompt (default 128)")
     add("--tokens", type=positive, default=20, metavar="N", help="tokens to decode (default 20)")
