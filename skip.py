@@ -81,9 +81,9 @@ class FFNSkip:
         return replace(self, sim_threshold=self.sim_threshold + shift)
 
     @classmethod
-    def authors(cls, n_layers, k):
-        """The settings in the authors' public code, https://github.com/Ajay1994/layer-skip, which has > and not >=."""
-        return cls(4, n_layers - 5, sim_threshold=math.nextafter(0.95, 1), k=k, recheck=False, full_every=6)
+    def authors(cls, n_layers, k, max_seq_len=1024):
+        """What https://github.com/Ajay1994/layer-skip does, for max_seq_len tokens of prompt and answer; it tests >."""
+        return cls(4, n_layers - 5, math.nextafter(0.95, 1), max(-1, max_seq_len // 64 - 3), k, False, full_every=6)
 
     def __call__(self, layers, input_state, step):
         """Algorithm 1, printed at the right, for each token of input_state, (batch, seq, dim), on its own."""

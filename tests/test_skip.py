@@ -561,15 +561,20 @@ def test_the_cosine_of_one_token_is_that_of_float64(dim, dtype):
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_the_authors_public_code_is_a_setting(k):
-    """README: the authors' public code is a setting of the same walk: > 0.95, k blocks once, every sixth in full."""
-    skip = FFNSkip.authors(32, k)
-    assert skip == FFNSkip(4, 27, math.nextafter(0.95, 1), skip.warm_up_index, k, recheck=False, full_every=6)
+@pytest.mark.parametrize("max_seq_len, warm_up_index", [(1024, 13), (4096, 61), (255, 0), (128, -1), (9, -1)])
+def test_the_authors_public_code_is_a_setting(k, max_seq_len, warm_up_index):
+    """
+    README: the authors' public code is a setting of the same walk: > 0.95, k blocks once, every sixth in full. The
+    warm-up is max_seq_len // 64 zeros of skip_plot, which generation.py begins to read at the third: token_index + 2.
+    """
+    skip = FFNSkip.authors(32, k, max_seq_len)
+    assert skip == FFNSkip(4, 27, math.nextafter(0.95, 1), warm_up_index, k, recheck=False, full_every=6)
     skip.check(32)
     cosine = [[HIGH]] * 32
-    at = skip.warm_up_index + torch.tensor([0, 1, 5, 6, 7, 12])
+    at = warm_up_index + torch.tensor([0, 1, 5, 6, 7, 12])
     full, skipped = "#" * 32, "#" * 5 + "." * k + "#" * (27 - k)
     assert drawn(walk(skip, cosine, at.tolist())) == [full, skipped, skipped, full, skipped, full]
+    assert FFNSkip.authors(32, k).warm_up_index == 13
 
 
 def test_the_prompt_always_runs_in_full():
