@@ -273,7 +273,7 @@ def test_windows_held_out_are_not_among_those_measured(flags, tmp_path):
         assert windows + held_out == text_windows(Bytes(), NUMBERS, 1000, size=64)  # in the order of the text, and all
 
 
-@pytest.fixture(params=[2, 5], ids=["one threshold", "a threshold per layer"])
+@pytest.fixture(params=[38, 5], ids=["one threshold", "a threshold per layer"])
 def calibrated(request, tmp_path, monkeypatch):
     """What main() does with an eight-layer model: its settings file, the model, and the windows it worked on."""
     model, worked_on = tiny_model(request.param, n_layers=8, vocab_size=128, max_seq_len=256), {}
