@@ -14,19 +14,22 @@ and is called by its name in POLICIES (`python generate.py --policy shortgpt --s
 
 A policy has an attribute warm_up_index, since its ratio is counted past the warm-up. What each leaves in the cache:
 
-    random, static, checkerboard   all entries, of true states: only feed-forward blocks are skipped, as by FFN-SkipLLM
-    statecopy                      all entries, some of copied states
-    shortgpt, skipdecode           missing entries that no later token reads: they miss them in that layer too
-    earlyexit                      missing entries that later tokens read, the failure that the paper starts from:
-                                   see attended_missing
+    random..., static..., authors, checkerboard   all entries, of true states: only feed-forward blocks are skipped
+    statecopy...                                  all entries, some of copied states
+    shortgpt, skipdecode                          missing entries that no later token reads: they miss them there too
+    earlyexit...                                  missing entries that later tokens read, the failure that the paper
+                                                  starts from: see attended_missing
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from calibrate import replay
 from measuring import as_windows, bring_to, measure, skip_ratio, written_windows
+from skip import FFNSkip
 
 
 def warm_up(warm_up_index):
@@ -36,42 +39,24 @@ def warm_up(warm_up_index):
 
 class RandomSkip:
     """
-    The paper's Baseline 1 (section 4): each feed-forward block of any layer, cold or not, is dropped with probability
-    `skip`, drawn anew for each token.
+    Each feed-forward block of the layers [cold_s, cold_e) is dropped by a coin of its own, anew for each token, so that
+    the share `skip` of all blocks goes. It is three policies:
+
+    random             the paper's Baseline 1 (section 4): in any layer, cold or not
+    random_but_first   in any layer but 0, whose block alone does most of the harm of `random`
+    static             the paper's Baseline 2 ("no input adaptive"): in the layers that are not cold
     """
 
-    def __init__(self, model, skip, warm_up_index=None, tokens=None, seed=0):
-        self.skip, self.seed, self.warm_up_index = skip, seed, warm_up(warm_up_index)
-
-    def __call__(self, layers, x, step):
-        may_skip = step.token_index > self.warm_up_index  # (batch, seq)
-        for layer in layers:
-            drop = uniform(self.seed, layer.layer_id, step.token_index) < self.skip
-            h = layer.add_attention(x, step)
-            x = layer.add_feed_forward(h, step, active=~(drop & may_skip))
-        return x
-
-
-class StaticSkip:
-    """
-    The paper's Baseline 2 (section 4, "no input adaptive"): as RandomSkip, in the layers [cold_s, cold_e) only. The
-    cold regions are an eighth of the layers at either end unless given (the authors' code has 4 and 5 of 32).
-    """
-
-    def __init__(self, model, skip, warm_up_index=None, tokens=None, seed=0, cold_s=None, cold_e=None):
+    def __init__(self, model, skip, warm_up_index=None, tokens=None, seed=0, cold_s=0, cold_e=None):
         n_layers = model.args.n_layers
-        self.cold_s, self.cold_e = n_layers // 8, n_layers - n_layers // 8
-        if cold_s is not None:
-            self.cold_s = cold_s
-        if cold_e is not None:
-            self.cold_e = cold_e
+        self.cold_s, self.cold_e = cold_s, n_layers if cold_e is None else cold_e
         self.skip, self.seed, self.warm_up_index = skip, seed, warm_up(warm_up_index)
         n_warm = self.cold_e - self.cold_s
         if skip * n_layers > n_warm:
-            raise ValueError(f"static cannot skip {skip}: only {n_warm} of {n_layers} layers are not cold")
+            raise ValueError(f"a share of {skip} cannot be skipped: only {n_warm} of {n_layers} layers are not cold")
 
     def __call__(self, layers, x, step):
-        may_skip = step.token_index > self.warm_up_index
+        may_skip = step.token_index > self.warm_up_index  # (batch, seq)
         rate = self.skip * len(layers) / max(1, self.cold_e - self.cold_s)
         for layer in layers:
             drop = uniform(self.seed, layer.layer_id, step.token_index) < rate
@@ -79,6 +64,66 @@ class StaticSkip:
             h = layer.add_attention(x, step)
             x = layer.add_feed_forward(h, step, active=~(drop & may_skip & warm))
         return x
+
+
+def static(model, skip, warm_up_index=None, tokens=None, seed=0, cold_s=None, cold_e=None):
+    """RandomSkip in layers that are not cold. An eighth of the layers is cold at either end, unless given."""
+    n_layers = model.args.n_layers
+    cold_s = n_layers // 8 if cold_s is None else cold_s
+    cold_e = n_layers - n_layers // 8 if cold_e is None else cold_e
+    return RandomSkip(model, skip, warm_up_index, tokens, seed, cold_s, cold_e)
+
+
+class RandomRun:
+    """
+    The two baselines as the authors' public code has them (model_ffn_baseline.py): a token misses one run of k
+    neighbouring feed-forward blocks, whose beginning is drawn anew for each token; k is the whole number nearest to
+    skip * n_layers. For `random_run` the run lies anywhere, for `static_run` between cold regions of their own: the
+    first 10 and the last 4 of LLaMA-2-7B's 32 layers, 10 and 5 of 13B's 40, for other models as many in proportion.
+    There every sixth token is in full, and for random none, not even in the prompt; here as for all other policies.
+    """
+
+    def __init__(self, model, skip, warm_up_index=None, tokens=None, seed=0, cold=False):
+        n_layers = model.args.n_layers
+        self.cold_s, self.cold_e = 0, n_layers
+        if cold:
+            self.cold_s, self.cold_e = min(10, n_layers * 10 // 32), n_layers - n_layers // 8
+        self.k, self.seed, self.warm_up_index = round(skip * n_layers), seed, warm_up(warm_up_index)
+        n_warm = self.cold_e - self.cold_s
+        if self.k > n_warm:
+            raise ValueError(f"a share of {skip} cannot be skipped: only {n_warm} of {n_layers} layers are not cold")
+
+    def __call__(self, layers, x, step):
+        may_skip = step.token_index > self.warm_up_index  # (batch, seq)
+        n_starts = self.cold_e - self.cold_s - self.k + 1
+        start = self.cold_s + (uniform(self.seed, 0, step.token_index) * n_starts).long()  # (batch, seq)
+        for layer in layers:
+            drop = (start <= layer.layer_id) & (layer.layer_id < start + self.k)
+            h = layer.add_attention(x, step)
+            x = layer.add_feed_forward(h, step, active=~(drop & may_skip))
+        return x
+
+
+def authors(model, skip, warm_up_index=None, tokens=None, seed=0, max_seq_len=1024):
+    """
+    FFN-SkipLLM with the settings of the authors' public code, FFNSkip.authors: the threshold is fixed, and k is the
+    whole number whose ratio on the calibration text, by a replay of its cosines, is nearest to `skip`.
+    """
+    n_layers = model.args.n_layers
+    if n_layers < 11:
+        raise ValueError(f"authors runs the first and the last five layers in full: it skips nothing in {n_layers}")
+    policy = FFNSkip.authors(n_layers, 1, max_seq_len)
+    if warm_up_index is not None:
+        policy.warm_up_index = warm_up_index
+    cosines = measure(model, as_windows(calibration_text(model, tokens, seed)), policy.warm_up_index).cpu()
+    if not len(cosines):
+        raise ValueError(f"no calibration text lies past the warm-up of {policy.warm_up_index + 1} tokens")
+    misses = []  # by k, from 1 on
+    for k in range(1, n_layers - 9):
+        ratio = replay(cosines, replace(policy, k=k)) * 5 / 6  # every sixth token runs in full
+        misses.append(abs(ratio - skip))
+    policy.k = 1 + misses.index(min(misses))
+    return policy
 
 
 class ShortGPT:
@@ -227,7 +272,11 @@ class Checkerboard:
 
 POLICIES = {
     "random": RandomSkip,
-    "static": StaticSkip,
+    "random_but_first": partial(RandomSkip, cold_s=1),
+    "random_run": RandomRun,
+    "static": static,
+    "static_run": partial(RandomRun, cold=True),
+    "authors": authors,
     "shortgpt": ShortGPT,
     "skipdecode": SkipDecode,
     "statecopy": partial(early_exit, copy=True),

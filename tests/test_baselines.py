@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 
 import baselines
 import pytest
@@ -17,8 +18,9 @@ from model import ModelArgs, Transformer
 from skip import FFNSkip, Trace
 
 EXITS = ["statecopy", "statecopy_cosine", "earlyexit", "earlyexit_cosine"]
-NAMES = ["random", "static", "shortgpt", "skipdecode", *EXITS, "checkerboard"]
-COMPLETE = ["random", "static", "statecopy", "statecopy_cosine", "checkerboard"]
+CHANCE = ["random", "random_but_first", "random_run", "static", "static_run"]
+NAMES = [*CHANCE, "shortgpt", "skipdecode", *EXITS, "checkerboard"]  # all but authors, an FFNSkip, of 11 layers or more
+COMPLETE = [*CHANCE, "statecopy", "statecopy_cosine", "checkerboard"]
 
 
 def text(model, batch=1, seq=40, seed=0):
@@ -48,7 +50,7 @@ def ran(model, policy, tokens, **kwargs):
 
 
 def test_the_names_are_those_in_the_table():
-    assert list(POLICIES) == NAMES
+    assert sorted(POLICIES) == sorted([*NAMES, "authors"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +76,7 @@ def test_ratio_on_calibration_text(name):
         policy = POLICIES[name](model, skip, tokens=tokens, **more)
         got = skip_ratio(model, policy, [(ids, 0) for ids in tokens.tolist()])
         # exits after every fourth layer of ten leave gaps between the ratios that can be had
-        assert abs(got - skip) <= (0.06 if name in ("random", "static") else 0.05 if "exit" in name else 0.02), name
+        assert abs(got - skip) <= (0.06 if name in CHANCE else 0.05 if "exit" in name else 0.02), name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -220,19 +222,89 @@ def test_static_drops_outside_the_cold_regions():
     assert trace.ran[[0, 7]].all()
     share = (~trace.ran).float().mean((1, 2))
     assert (share[1:7] > 0.2).all() and abs(share.mean() - 0.3) < 0.06
-    policy = baselines.StaticSkip(model, 0.3, -1, cold_s=2, cold_e=5)
+    policy = baselines.static(model, 0.3, -1, cold_s=2, cold_e=5)
     trace, _ = ran(model, policy, text(model, 1, 64))
     assert trace.ran[[0, 1, 5, 6, 7]].all() and abs((~trace.ran).float().mean() - 0.3) < 0.06
     with pytest.raises(ValueError, match="6 of 8 layers"):
-        baselines.StaticSkip(model, 0.8)
+        baselines.static(model, 0.8)
 
 
-def test_static_does_not_look_at_the_input():
+@pytest.mark.parametrize("name", CHANCE)
+def test_what_chance_drops_does_not_depend_on_the_input(name):
     model = tiny_model(n_layers=8)
-    policy = make("static", model, 0.3, -1)
+    policy = make(name, model, 0.3, -1)
     one, _ = ran(model, policy, text(model, 1, 64, seed=1))
     two, _ = ran(model, policy, text(model, 1, 64, seed=2))
     assert torch.equal(one.ran, two.ran)
+    other, _ = ran(model, make(name, model, 0.3, -1, seed=1), text(model, 1, 64, seed=1))
+    assert not torch.equal(one.ran, other.ran)
+
+
+def test_random_but_first_is_random_without_layer_0():
+    model = tiny_model(n_layers=8)
+    trace, _ = ran(model, make("random_but_first", model, 0.3, -1), text(model, 1, 64))
+    share = (~trace.ran).float().mean((1, 2))
+    assert share[0] == 0 and (share[1:] > 0.15).all() and abs(share.mean() - 0.3) < 0.06
+
+
+@pytest.mark.parametrize(
+    "name, n_layers, skip, k, first, last",
+    [
+        ("random_run", 8, 0.3, 2, 0, 8),
+        ("random_run", 8, 0.05, 0, 0, 8),
+        ("random_run", 8, 1.0, 8, 0, 8),
+        ("static_run", 32, 0.15, 5, 10, 28),  # what model_ffn_baseline.py has for 32 layers,
+        ("static_run", 40, 0.125, 5, 10, 35),  # and for 40
+        ("static_run", 32, 18 / 32, 18, 10, 28),
+        ("static_run", 8, 0.3, 2, 2, 7),
+    ],
+)
+def test_a_run_of_neighbouring_blocks_is_dropped_from_a_start_of_chance(name, n_layers, skip, k, first, last):
+    """As Python's randint draws it in model_ffn_baseline.py: each start from the first to last - k is as likely."""
+    model = tiny_model(n_layers=n_layers, max_seq_len=2000)
+    trace, _ = ran(model, make(name, model, skip, -1), text(model, 1, 2000), last_only=True)
+    dropped = ~trace.ran[:, 0]  # (layer, token)
+    assert (dropped.sum(0) == k).all()
+    if k == 0:
+        return
+    starts = dropped.long().argmax(0)  # (token,)
+    number = torch.arange(n_layers)[:, None]
+    assert torch.equal(dropped, (number >= starts) & (number < starts + k))
+    times = starts.bincount(minlength=n_layers)
+    assert times[first : last - k + 1].sum() == 2000
+    assert times[first : last - k + 1].min() > 0.5 * 2000 / (last - k + 1 - first)
+
+
+def test_a_run_longer_than_the_layers_that_are_not_cold_is_refused():
+    with pytest.raises(ValueError, match="5 of 8 layers"):
+        make("static_run", tiny_model(n_layers=8), 0.75)
+
+
+@pytest.mark.parametrize("skip", [0.03, 0.1, 0.2, 0.9])
+def test_authors_has_the_k_whose_ratio_is_nearest(skip):
+    """The code of the authors knows a k and no ratio; on the text that it was chosen on no other k is nearer."""
+    model, tokens = tiny_model(n_layers=16), text(tiny_model(), 4, 60)
+    for name, weight in model.named_parameters():
+        if name.endswith("w2.weight"):
+            weight.data *= 0.3  # so that some cosines lie above 0.95, of some tokens
+    policy = POLICIES["authors"](model, skip, 3, tokens)
+    assert policy == FFNSkip(4, 11, math.nextafter(0.95, 1), 3, policy.k, recheck=False, full_every=6)
+    windows = [(ids, 0) for ids in tokens.tolist()]
+    ratios = [skip_ratio(model, replace(policy, k=k), windows) for k in range(1, 7)]
+    assert 0.5 < ratios[0] * 16 * 6 / 5 < 1  # not all tokens skip
+    assert abs(ratios[policy.k - 1] - skip) <= min(abs(ratio - skip) for ratio in ratios) + 0.01
+    assert (policy.k == 1) == (skip == 0.03) and (policy.k == 6) == (skip == 0.9)
+
+
+def test_the_warm_up_of_authors_is_that_of_their_code():
+    model = tiny_model(n_layers=11)
+    assert POLICIES["authors"](model, 0.1).warm_up_index == 13
+    assert POLICIES["authors"](model, 0.1, max_seq_len=256).warm_up_index == 1
+    assert POLICIES["authors"](model, 0.1, 5, max_seq_len=256).warm_up_index == 5
+    with pytest.raises(ValueError, match="skips nothing in 10"):
+        POLICIES["authors"](tiny_model(n_layers=10), 0.1)
+    with pytest.raises(ValueError, match="past the warm-up of 61 tokens"):
+        POLICIES["authors"](model, 0.1, 60, text(model, 4, 60))
 
 
 def test_block_influence_by_hand():
