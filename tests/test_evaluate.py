@@ -13,7 +13,7 @@ from readers import load_text
 from table import cell
 from tasks import TASKS, perplexity
 from test_golden import GOLDEN
-from tiny import Bytes, mistake, random_ids, start, write_data
+from tiny import Bytes, mistake, random_ids, start, tiny_model, write_data
 
 import common
 from measuring import skip_ratio
@@ -112,6 +112,8 @@ def test_policies_are_brought_to_the_ratio(model, name):
 @pytest.mark.parametrize("name", ["ffnskip", "printed", *POLICIES])
 def test_the_warm_up_index_of_a_row_reaches_its_policy(model, name):
     settings = dict(cold_s=1, cold_e=5, sim_threshold=0.9)
+    if name == "authors":
+        model = tiny_model(n_layers=11, vocab_size=128)
     for warm_up_index in -1, 7:
         policy, _ = evaluate.make_policy(name, model, 0.2, TOKENS, settings, warm_up_index, options())
         assert policy.warm_up_index == warm_up_index
