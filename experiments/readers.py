@@ -1,14 +1,17 @@
 """
 What evaluate.py reads: public datasets in the formats that users have them in. Each raises ValueError("FILE:LINE: ...")
-for what it cannot read. `options` is evaluate.py's; only load_mmlu looks at it.
+for what it cannot read. `options` is evaluate.py's; only load_mmlu and load_stories look at it.
 """
 
 import csv
 import json
+import math
 from pathlib import Path
 
 from common import read_utf8
 from measuring import numbered_jsonl, read_jsonl, read_text
+
+CLASSES = dict(small=470, medium=790, large=math.inf)  # the paper's three lengths of a story: its most words
 
 
 def read_csv(path):
@@ -98,7 +101,10 @@ def mmlu_questions(path):
 
 
 def load_stories(path, options=None):
-    """[(story, reference summary)]: CSV with columns text or article and y or highlights, or JSONL."""
+    """
+    [(story, reference summary)]: CSV with columns text or article and y or highlights, or JSONL. With options.per_class
+    so many of each length, the first in the file, or as many as there are.
+    """
     if Path(path).suffix == ".jsonl":
         rows = numbered_jsonl(path, "docs", "article", "text")
     else:
@@ -118,7 +124,17 @@ def load_stories(path, options=None):
             keys = "a story (docs, article or text) and a summary (highlights, y or result)"
             raise ValueError(f"{path}:{n}: expected {keys}")
         stories.append((story, summary.removeprefix("1####")))
-    return stories
+    if options is None or options.per_class is None:
+        return stories
+    chosen = []
+    for size in CLASSES:
+        chosen += [pair for pair in stories if length_class(pair[0]) == size][: options.per_class]
+    return chosen
+
+
+def length_class(story):
+    words = len(story.split())
+    return next(size for size, most in CLASSES.items() if words <= most)
 
 
 def first_of(record, *keys):
@@ -133,9 +149,10 @@ def load_prompts(path, options=None):
 
 
 def load_turns(path, options=None):
-    """MT-Bench's questions, of one turn or more."""
-    records = numbered_jsonl(path, "turns")
+    """MT-Bench's questions, of one turn or more, or Vicuna's, whose only turn is called "text" in the authors' file."""
+    records = numbered_jsonl(path, "turns", "text")
     for n, record in records:
         if "question_id" not in record:
             raise ValueError(f"{path}:{n}: expected an object with 'question_id'")
+        record.setdefault("turns", [record.get("text")])
     return [record for _, record in records]

@@ -50,6 +50,22 @@ def test_stories_in_both_formats(tmp_path):
     assert readers.load_stories(tmp_path / "stories.jsonl") == [("One.\n\nTwo.", "Both."), ("A.", "B.")]
 
 
+def test_so_many_stories_of_each_length(tmp_path):
+    stories = [dict(article="word " * n, highlights=str(n)) for n in (790, 470, 791, 471, 1, 900, 2)]
+    write_jsonl(tmp_path / "stories.jsonl", *stories)
+    chosen = readers.load_stories(tmp_path / "stories.jsonl", SimpleNamespace(per_class=2))
+    assert [reference for _, reference in chosen] == ["470", "1", "790", "471", "791", "900"]
+    one = readers.load_stories(tmp_path / "stories.jsonl", SimpleNamespace(per_class=1))
+    assert [reference for _, reference in one] == ["470", "790", "791"]
+
+
+def test_questions_of_one_turn_as_vicuna_has_them(tmp_path):
+    record = dict(question_id=1, text="Why?", category="fermi")
+    write_jsonl(tmp_path / "v.jsonl", record, dict(question_id=2, turns=["A?", "B?"]))
+    first, second = readers.load_turns(tmp_path / "v.jsonl")
+    assert first == record | dict(turns=["Why?"]) and second["turns"] == ["A?", "B?"]
+
+
 def test_text_and_prompts(tmp_path):
     write_data(tmp_path)
     assert readers.load_text(tmp_path / "text.raw") == STORY * 12
