@@ -10,10 +10,13 @@ tasks, and what --data is for each:
               in one parallel pass; with --decode token by token, which gives the same. Also KL(dense || policy), top-1
               agreement with dense, and the share of the cache entries read that are missing (holes_read). Without
               --data the model writes the text itself: enough to compare policies, not models
-  warmup      the same for several --warm-up-index, all measured over the tokens past the largest of them (Figure 5)
-  factoid     FreebaseQA (JSON, or lines "question | answer") or TriviaQA (JSON): 5-shot, greedy, exact match (Table 3)
+  warmup      the same for several --warm-up-index, after a prompt of --prompt-tokens in full, all measured over the
+              tokens past the largest of them (Figure 5)
+  factoid     FreebaseQA (JSON, or lines "question | answer") or TriviaQA (JSON): 5-shot, greedy, exact match, and
+              whether a right answer is within the answer (Table 3). Ratios are reached on the next 128 questions
   mmlu        a folder with dev/ and test/, Hendrycks' CSV files: 5-shot, the likeliest letter, by category (Table 5)
-  mtbench     MT-Bench's question.jsonl: answers of both turns, as FastChat's judge reads them (Table 2, Figure 4)
+  mtbench     MT-Bench's or Vicuna's question.jsonl: answers of all turns, as FastChat's judge reads them (Table 2,
+              Figure 4)
   summarize   CNN/DailyMail, CSV or JSONL: ROUGE-L against the reference by length of the story (Figure 3)
   collapse    prompts (JSONL with "turns" or "text"): repetition, and the first token that differs from the dense text
               (Figure 1)
@@ -22,33 +25,36 @@ tasks, and what --data is for each:
 Every policy is first brought to the wanted ratio on calibration text, by its own knob and with the same warm-up; the
 ratios in the table are those achieved. Policies that skip whole layers come twice: at the same share of FFN blocks
 ("ffn"), and at the same bytes not read ("bytes"), since a layer saves more. In factoid and mmlu, whose answers end
-before a warm-up does, the prompt past its own warm-up is skipped as well. A row is written as soon as it is done; the
-same command again skips it.
+before a warm-up does, the prompt past its own warm-up is skipped as well. NAME_low and NAME_high are the 95 % interval
+of a mean by bootstrap over questions, windows or texts, whose scores are kept in FILE.items.jsonl beside FILE.csv;
+`difference` is that of the first score from the dense model's, paired (of perplexity, in nats per token), where the
+dense row was measured before. A row is written as soon as it is done; the same command again skips it.
 """
 
 import sys
 import time
 import zlib
 from dataclasses import fields, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import median
 
 import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from baselines import POLICIES, calibration_text
+from at_ratio import describe, make_policy, on_text, prompts_ratio
+from baselines import POLICIES, written_text
 from readers import load_text
 from table import Table, cell
-from tasks import TASKS, Context, full_windows
+from tasks import PROMPTS, TASKS, Context, full_windows, held_out
 
 import common
 from load_weights import load_model, load_tokenizer
-from measuring import as_windows, bring_to, measure, skip_ratio
-from model import dense
-from skip import FFNSkip
+
+DRAWN = "random", "static", "random_run", "static_run"  # policies that draw at random
+TEXT_TASKS = "perplexity", "warmup"
 
 
 def edition(name):
@@ -69,102 +75,36 @@ def bytes_per_skip(name, model):
     return skipped, common.nbytes(model.layers[0].feed_forward)
 
 
-def at_ratio(name, model, skip, tokens, settings, warm_up_index, options):
-    """(policy, its ratio): a baseline or a policy of a file, brought as near to `skip` of the FFN blocks of tokens."""
-    own = {}  # arguments of three policies alone
-    if name == "standins":
-        own = dict(fitted=common.find_fitted(options, common.find_checkpoint(options.ckpt)))
-    if name == "skipdecode":
-        own = dict(target_len=options.target_len)
-    if name == "static":
-        own = {key: settings[key] for key in ("cold_s", "cold_e") if key in settings}
-    make = partial(common.find_factory(name), model, tokens=tokens, seed=options.seed, **own)
-    windows = as_windows(tokens)
-
-    def at(negative):  # of the share to ask for, since bring_to wants a ratio that falls
-        policy = make(-negative, warm_up_index=warm_up_index)
-        return policy, skip_ratio(model, policy, windows)
-
-    policy, ratio = at(-skip)
-    if abs(ratio - skip) <= 0.005:
-        return policy, ratio
-    try:  # to ask for more or less than is wanted
-        near, near_ratio = bring_to(at, -min(0.99, skip + 0.1), 0.0, skip, tolerance=0.005, tries=6)
-    except ValueError:  # some share on the way cannot be had
-        return policy, ratio
-    if abs(near_ratio - skip) < abs(ratio - skip):
-        return near, near_ratio
-    return policy, ratio
-
-
-def at_ratio_ffnskip(base, model, skip, tokens):
-    """(policy, its ratio): an FFNSkip with thresholds shifted until it skips the share `skip` of the FFN blocks."""
-    windows = as_windows(tokens)
-    if skip is None:
-        return base, skip_ratio(model, base, windows)
-    thresholds = torch.tensor(base.thresholds(model.args.n_layers))
-    base = base.shifted(-thresholds[0].item())  # thresholds of one per layer keep their distances from the first
-
-    def at(threshold):
-        policy = base.shifted(threshold)
-        return policy, skip_ratio(model, policy, windows)
-
-    cosines = measure(model, windows, base.warm_up_index).cpu() - (thresholds - thresholds[0])  # (tokens, layer)
-    cosines = cosines[:, base.cold_s : base.cold_e].flatten().sort().values  # the threshold lies among them
-    return bring_to(at, cosines[len(cosines) // 50].item(), cosines[-1].item() + 1e-3, skip)
-
-
-def make_policy(name, model, skip, tokens, settings, warm_up_index, options):
-    """(policy, its ratio on tokens) of a row."""
-    if name == "dense":
-        return dense, 0.0
-    if name not in ("ffnskip", "printed"):
-        return at_ratio(name, model, skip, tokens, settings, warm_up_index, options)
-    settings = dict(sim_threshold=1.0) | settings
-    settings.pop("ratios", None)  # --skip is reached on the calibration text instead
-    base = common.find_policy("ffnskip", model, settings, warm_up_index=warm_up_index)
-    if name == "printed":
-        cold_s, cold_e = options.printed_cold or (base.cold_s, base.cold_e)
-        base = FFNSkip(cold_s, cold_e, base.sim_threshold, base.warm_up_index)
-    return at_ratio_ffnskip(base, model, skip, tokens)
-
-
-def describe(policy):
-    """A policy's settings in a few words, for the table."""
-    if policy is dense:
-        return ""
-    shown = []
-    for key, value in sorted(vars(policy).items()):
-        if key in ("seed", "warm_up_index") or not isinstance(value, (int, float, list, set, type(None))):
-            continue
-        if isinstance(value, list) and value and max(value) - min(value) < 1e-9:
-            value = value[0]
-        if isinstance(value, list):
-            value = [round(each, 5) for each in value]
-        elif isinstance(value, float):
-            value = round(value, 5)
-        shown.append(f"{key}={value}".replace(" ", ""))
-    return " ".join(shown)
-
-
 def grid(options):
-    """(policy, skip, match, warm-up index) of every row; for dense and a fixed --sim-threshold, skip is None."""
+    """(policy, skip, match, warm-up index, seed) of every row; for dense and a fixed --sim-threshold, skip is None."""
     rows = []
     for warm_up, match, name in product(options.warm_up, options.match, options.policies):
         fixed = name == "dense" or (name in ("ffnskip", "printed") and options.sim_threshold is not None)
-        rows += [(name, skip, match, warm_up) for skip in ([None] if fixed else options.skip)]
+        seeds = options.seeds if name in DRAWN or ":" in name else options.seeds[:1]
+        rows += [(name, *row) for row in product([None] if fixed else options.skip, [match], [warm_up], seeds)]
     return rows
 
 
-def calibration_tokens(model, tokenizer, options):
-    """(batch, seq) ids in windows as long as the task's texts, from all over the file, or what the model writes."""
+def calibrate(model, tokenizer, data, context, options):
+    """
+    The Calibration: text in windows as long as the task's texts, from all over the file, or what the model writes. For
+    factoid the ratios are reached on questions.
+    """
+    prompt_len = context.prompt_tokens if options.task in TEXT_TASKS else 0
+    size = min(options.target_len + prompt_len, model.args.max_seq_len)
     if options.calibration is None:
         print("[no --calibration text: the model writes some]", file=sys.stderr)
-        return calibration_text(model, None, options.seed)
-    text, size = load_text(options.calibration), min(options.target_len, model.args.max_seq_len)
-    n = max(1, options.calibration_tokens // size)
-    windows = [full_windows(tokenizer, text[len(text) * i // n :], size, size)[0][0] for i in range(n)]
-    return torch.tensor(windows, device=model.tok_embeddings.weight.device)
+        tokens = written_text(model, 4, min(128 + prompt_len, size), options.seed)
+    else:
+        text, n = load_text(options.calibration), max(1, options.calibration_tokens // size)
+        windows = [full_windows(tokenizer, text[len(text) * i // n :], size, size)[0] for i in range(n)]
+        tokens = torch.tensor(windows, device=model.tok_embeddings.weight.device)
+    found = on_text(model, tokens, prompt_len, max(options.warm_up), options.target_len)
+    if options.task == "factoid":
+        prompts = held_out(tokenizer, data, context)
+        found.target_len = round(median(map(len, prompts)))
+        found.ratio_of = lambda policy: prompts_ratio(model, policy, prompts, context)
+    return found
 
 
 def listed(kind):
@@ -203,7 +143,13 @@ def parse_args(argv):
     add("--subjects", type=listed(str), metavar="A,B", help="of MMLU; default: all 57")
     add("--max-new-tokens", type=common.positive, metavar="N", help="of a text (default: mtbench 1024, summarize 256, "
         "worstcase 512, collapse 256)")
-    add("--prompt-tokens", type=common.positive, default=128, metavar="N", help="of a prompt from text (default 128)")
+    add("--prompt-tokens", type=int, metavar="N", help="of a window of text (default: perplexity 0, warmup 64) "
+        "or of a prompt from text (collapse, worstcase: 128)")
+    add("--prompt-style", choices=PROMPTS, default="few-shot", help="factoid: 5-shot, or the paper's first author's "
+        "zero-shot prompt")
+    add("--per-class", type=common.positive, metavar="N", help="summarize: the first N stories of each length")
+    add("--seeds", type=listed(common.seed), metavar="N,N", help="a row each, of policies that draw at random "
+        "(default: --seed)")
     add("--chat", action="store_true", help="the checkpoint's chat template instead of the paper's prompt")
     add("--batch-size", type=common.positive, default=16, metavar="N", help="texts at a time (default 16)")
     add("--output", metavar="CSV", help="default: experiments/results/TASK.csv, without --data TASK_own_text.csv")
@@ -211,7 +157,7 @@ def parse_args(argv):
     group.add_argument("--printed-cold", type=listed(int), metavar="S,E",
                        help="cold_s and cold_e of `printed` (default: those of ffnskip)")
     options = parser.parse_args(argv)
-    if options.data is None and options.task not in ("perplexity", "warmup"):
+    if options.data is None and options.task not in TEXT_TASKS:
         parser.error(f"{options.task} needs --data")
     if any(not 0 < skip < 1 for skip in options.skip):
         parser.error("--skip wants shares between 0 and 1")
@@ -221,19 +167,27 @@ def parse_args(argv):
         options.warm_up = [-1, 5, 10, 15, 20, 25, 30, 40, 60] if options.task == "warmup" else [25]
     if min(options.warm_up) < -1:
         parser.error(f"--warm-up-index {min(options.warm_up)} is below -1")
-    if options.task in ("perplexity", "warmup") and options.window < max(options.warm_up) + 3:
-        parser.error(f"--window {options.window} is too short for --warm-up-index {max(options.warm_up)}")
+    options.seeds = options.seeds or [options.seed]
+    if options.prompt_tokens is None:
+        options.prompt_tokens = dict(perplexity=0, warmup=64).get(options.task, 128)
+    if options.prompt_tokens < (0 if options.task in TEXT_TASKS else 1):
+        parser.error(f"--prompt-tokens {options.prompt_tokens} is too few")
+    if options.task in TEXT_TASKS and options.window < options.prompt_tokens + max(options.warm_up) + 3:
+        after = f"--prompt-tokens {options.prompt_tokens} and --warm-up-index {max(options.warm_up)}"
+        parser.error(f"--window {options.window} is too short for {after}")
     lengths = dict(mtbench=1024, summarize=256, worstcase=512, collapse=256)
     options.max_new_tokens = options.max_new_tokens or lengths.get(options.task, 256)
     if options.output is None:
         own = "" if options.data else "_own_text"
         options.output = str(HERE / "results" / f"{options.task}{own}.csv")
     options.target_len = options.max_new_tokens if options.task in lengths else options.window
+    if options.task in TEXT_TASKS:
+        options.target_len -= options.prompt_tokens
     return options
 
 
-SETTINGS = """task data ckpt dtype limit window decode subjects max_new_tokens prompt_tokens chat seed calibration
-calibration_tokens""".split()  # what all rows of a table have in common
+SETTINGS = """task data ckpt dtype limit window decode subjects max_new_tokens prompt_tokens prompt_style per_class
+chat seed calibration calibration_tokens""".split()  # what all rows of a table have in common
 
 
 def main(argv=None):
@@ -254,39 +208,41 @@ def main(argv=None):
     table = Table(options.output, common_settings)
     known = {field.name: getattr(options, field.name) for field in fields(Context) if hasattr(options, field.name)}
     context = Context(**known, first=max(options.warm_up) + 1)
-    tokens = None
-    for name, skip, match, warm_up_index in grid(options):
-        key = dict(policy=edition(name), skip=skip, match=match, warm_up_index=warm_up_index)
+    calibration = None
+    for name, skip, match, warm_up_index, seed in grid(options):
+        key = dict(policy=edition(name), skip=skip, match=match, warm_up_index=warm_up_index, seed=seed)
         whole, ffn = bytes_per_skip(name, model)
         if table.has(key) or (match == "bytes" and (whole == ffn or skip is None)):
             continue  # of a policy that skips nothing but FFN blocks, equal bytes are equal blocks
-        if tokens is None and name != "dense":
-            tokens = calibration_tokens(model, tokenizer, options)
+        if calibration is None and name != "dense":
+            calibration = calibrate(model, tokenizer, data, context, options)
         begin = time.time()
         wanted = skip * ffn / whole if match == "bytes" else skip
         label = f"{options.task} {name} {'' if skip is None else skip}"
         try:
-            policy, calibrated = make_policy(name, model, wanted, tokens, settings, warm_up_index, options)
+            policy, calibrated = make_policy(name, model, wanted, calibration, settings, warm_up_index, seed, options)
         except ValueError as error:
             if len(options.policies) == 1:
                 raise
             print(f"{label}: {error}", file=sys.stderr)
             continue
-        if wanted is not None and abs(calibrated - wanted) > max(0.03, 0.6 / model.args.n_layers):  # layers are coarse
+        far = max(0.03, 0.6 / model.args.n_layers)  # layers are coarse; authors has steps of some blocks in a row
+        if wanted is not None and abs(calibrated - wanted) > far and name != "authors":
             print(f"{label}: cannot: the nearest is {calibrated:.3f}", file=sys.stderr)
             continue
-        model_id = f"{name.replace('/', '_').replace(':', '_')}-{cell(skip)}-{match}"
+        model_id = f"{name.replace('/', '_').replace(':', '_')}-{cell(skip)}-{match}{f'-{seed}' if seed else ''}"
         answers = Path(options.output).with_suffix("") / f"{model_id}.jsonl"
-        row = replace(context, warm_up_index=warm_up_index, label=label, answers=answers)
+        row = replace(context, warm_up_index=warm_up_index, label=label, answers=answers, scores={})
+        row.dense_scores = table.dense_scores()
         result = run(model, tokenizer, policy, data, row)
         ratio = result.pop("ffn_skip_ratio")
         bytes_saved = None
         if ratio is not None:  # what a policy reads to decide (for confidence, the output head) is not taken off
             bytes_saved = ratio * model.args.n_layers * whole / sum(common.weight_bytes(model).values())
-        key |= dict(calibrated_ratio=calibrated, ffn_skip_ratio=ratio, ffn_saved_ratio=result.pop("ffn_saved_ratio"))
-        seconds = round(time.time() - begin, 1)
-        table.add(key | dict(bytes_saved=bytes_saved, **result, seconds=seconds, setting=describe(policy)))
-        shown = list(table.rows[-1].items())[4:12]
+        columns = dict(calibrated_ratio=calibrated, ffn_skip_ratio=ratio, ffn_saved_ratio=result.pop("ffn_saved_ratio"))
+        columns |= dict(bytes_saved=bytes_saved, **result, seconds=round(time.time() - begin, 1))
+        table.add(key, columns | dict(setting=describe(policy)), row.scores)
+        shown = list(table.rows[-1].items())[5:12]
         print(f"{label}: {' '.join(f'{key}={value}' for key, value in shown)}", file=sys.stderr)
     print(table)
 

@@ -3,23 +3,31 @@ The tasks of evaluate.py, each a function run(model, tokenizer, policy, data, co
 and the metrics they are scored by. TASKS names them beside the reader of their --data.
 """
 
-import json
 import re
 import string
 import time
 import uuid
-from collections import Counter
 from dataclasses import dataclass, field
 from os.path import commonprefix
 from pathlib import Path
 
 import torch
 from baselines import attended_missing, written_text
-from readers import load_mmlu, load_prompts, load_questions, load_stories, load_text, load_turns
+from readers import (
+    CLASSES,
+    length_class,
+    load_mmlu,
+    load_prompts,
+    load_questions,
+    load_stories,
+    load_text,
+    load_turns,
+)
+from table import add_record, columns, read_records
 
-from common import first_difference, progress, to_json
+from common import first_difference, progress
 from generate import check_finite, generate, sample
-from measuring import as_windows, compare_with_dense, cut
+from measuring import compare_with_dense, cut
 from model import KVCache, dense
 from skip import Trace
 from tracing import saved_blocks
@@ -33,8 +41,12 @@ SHOTS = ("Question: What is the capital of Italy?\nAnswer: Rome\n\n"
          "Question: Which planet is known as the Red Planet?\nAnswer: Mars\n\n"
          "Question: In which country would you find the Great Pyramid of Giza?\nAnswer: Egypt\n\n"
          "Question: Who was the first man to walk on the moon?\nAnswer: Neil Armstrong\n\n")
+PROMPTS = {  # of factoid; the second is that of https://github.com/VITA-Group/llm-kick, by the paper's first author
+    "few-shot": SHOTS + "Question: {}\nAnswer:",
+    "llm-kick": "Please give answer to this question: {}\nThe answer is ",
+}
 CATEGORIES = {  # of MMLU's subjects, after Hendrycks et al. 2021; "other" is what is left
-    "stem": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "
+    "stem": "abstract_algebra astronomy college_biology college_chemistry college_computer_science "
     "college_mathematics college_physics computer_security conceptual_physics electrical_engineering "
     "elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science "
     "high_school_mathematics high_school_physics high_school_statistics machine_learning",
@@ -56,7 +68,8 @@ class Context:
     window: int = 512
     decode: bool = False  # token by token, not in one parallel pass
     max_new_tokens: int = 256
-    prompt_tokens: int = 128
+    prompt_tokens: int = 0  # of each window of text, or of a prompt that is the beginning of a text
+    prompt_style: str = "few-shot"
     chat: bool = False  # the checkpoint's chat template, not the paper's prompt
     batch_size: int = 16
     seed: int = 0
@@ -64,6 +77,8 @@ class Context:
     warm_up_index: int = 25  # this row's: the dense model's ratios are counted past it too
     label: str = ""  # this row's, for progress bars
     answers: Path | None = None  # this row's file of answers
+    scores: dict = field(default_factory=dict)  # {column: [score of each item]} of this row
+    dense_scores: dict = field(default_factory=dict)  # the same of the dense model's row; {} if there is none
     reference: dict = field(default_factory=dict)  # what the dense model computed or wrote, kept from row to row
 
 
@@ -103,9 +118,16 @@ def longest_loop(ids, longest_period=64):
     return best
 
 
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values) if values else None
+def means(context, **scores):
+    """The columns of several scores; and `difference`, the first ones minus the dense model's of the same items."""
+    context.scores.update(scores)
+    row = {}
+    for name, values in scores.items():
+        row |= columns(name, values)
+    first = next(iter(scores))
+    theirs = context.dense_scores.get(first, [])
+    paired = zip(scores[first], theirs) if len(theirs) == len(scores[first]) else []
+    return row | columns("difference", [ours - dense for ours, dense in paired])
 
 
 def policy_warm_up(policy, context):
@@ -129,41 +151,41 @@ def ratios(counts):
 
 
 def full_windows(tokenizer, text, n_tokens, size):
-    """The first n_tokens of text in windows (ids, prompt_len 0) of `size`, without the rest. ValueError for none."""
+    """The ids of the first n_tokens of text in windows of `size`, without the rest. ValueError for none."""
     ids = tokenizer.encode(text[: 16 * n_tokens])[:n_tokens]
-    windows = [(window, 0) for window in cut(ids, size) if len(window) == size]
+    windows = [window for window in cut(ids, size) if len(window) == size]
     if not windows:
         raise ValueError(f"{len(ids)} tokens of text do not fill a window of {size}")
     return windows
 
 
 def perplexity(model, tokenizer, policy, text, context):
-    """Each window of text on its own, as tokens that were "generated" from the first on."""
-    size = min(context.window, model.args.max_seq_len)
-    if text is None:
-        own = written_text(model, 16, min(size, 256), context.seed + 1)  # not the text that policies are calibrated on
-        windows = as_windows(own)
+    """
+    Each window of text on its own: its first prompt_tokens are prompt, the others count as "generated". What any of the
+    rows skips begins past them and the largest warm-up.
+    """
+    size, begin = min(context.window, model.args.max_seq_len), context.prompt_tokens
+    if text is None:  # not the text that policies are calibrated on
+        windows = written_text(model, 16, min(size, 256), context.seed + 1).tolist()
     else:
         windows = full_windows(tokenizer, text, context.limit or 32768, size)
-    scores, past, counts, missing, read = [], [], [], 0, 0
+    windows = [(ids, begin) for ids in windows]
+    generated, past, counts, missing, read = [], [], [], 0, 0
     for score, trace, cache in compare_with_dense(
         model, windows, policy, context.reference, context.decode, context.label
     ):
-        scores.append(score.double())
-        past.append(score[:, context.first :].double())
+        score = score[:, begin:].double()  # of the predictions by generated tokens
+        generated.append(score[0].mean().item())
+        past.append(score[:, context.first :].mean(1).tolist())
         counts.append(count_blocks(trace.ran, trace.token_index, policy, context))
         missing += attended_missing(cache).sum().item()
         read += (cache.written * torch.arange(1, cache.max_seq_len + 1)).sum().item()
-    past = torch.cat(past, dim=1)
-    nll, kl, agreement = past.mean(1)
+    nll, kl, top1 = map(list, zip(*past))
     return dict(
-        perplexity=torch.cat(scores, dim=1)[0].mean().exp().item(),
-        perplexity_past_warm_up=nll.exp().item(),
-        kl=kl.item(),
-        top1_agreement=agreement.item(),
+        **means(context, perplexity_past_warm_up=nll, perplexity=generated, kl=kl, top1_agreement=top1),
         holes_read=missing / read,
         tokens=sum(len(ids) for ids, _ in windows),
-        tokens_compared=past.size(1),
+        tokens_compared=len(windows) * (score.size(1) - context.first),
         **ratios(counts),
     )
 
@@ -190,10 +212,20 @@ def with_shared_prefix(model, policy, prompts, room, context, name=""):
         yield group, torch.tensor([prompts[i][n:] for i in group], device=weight.device), cache
 
 
+def held_out(tokenizer, questions, context):
+    """Prompts of the 128 questions after the scored ones, each with its answer, as ids. ValueError for none."""
+    first, texts = context.limit or 500, []
+    for question, names in questions[first : first + 128]:
+        texts.append(f"{PROMPTS[context.prompt_style].format(question).rstrip()} {' '.join(names[:1])}")
+    if not texts:
+        raise ValueError(f"no question is left after {first} to bring policies to a ratio on: give a smaller --limit")
+    return [tokenizer.encode(text) for text in texts]
+
+
 def factoid(model, tokenizer, policy, questions, context):
     """Greedy answers of at most 16 tokens, up to the end of the line."""
     questions = questions[: context.limit or 500]
-    prompts = [tokenizer.encode(f"{SHOTS}Question: {question}\nAnswer:") for question, _ in questions]
+    prompts = [tokenizer.encode(PROMPTS[context.prompt_style].format(question)) for question, _ in questions]
     answers, counts = {}, []
     for group, tokens, cache in with_shared_prefix(model, policy, prompts, 16, context):
         trace, ids = Trace(), []
@@ -209,9 +241,10 @@ def factoid(model, tokenizer, policy, questions, context):
     right, inside = [], []
     for i, (_, names) in enumerate(questions):
         names = {normalise(name) for name in names}
-        right.append(answers[i] in names)
-        inside.append(any(f" {name} " in f" {answers[i]} " for name in names))
-    return dict(exact_match=mean(right), answer_within=mean(inside), questions=len(questions), **ratios(counts))
+        right.append(int(answers[i] in names))
+        inside.append(int(any(f" {name} " in f" {answers[i]} " for name in names)))
+    scores = means(context, exact_match=right, answer_within=inside)
+    return dict(**scores, questions=len(questions), **ratios(counts))
 
 
 def question_prompt(question, choices):
@@ -243,14 +276,14 @@ def mmlu(model, tokenizer, policy, subjects, context):
             logits = model(tokens, cache, policy, trace=trace, last_only=True)[:, -1, letters]
             check_finite(logits)
             for i, best in zip(group, logits.argmax(-1).tolist()):
-                right[subject, i] = "ABCD"[best] == questions[i][2]
+                right[subject, i] = int("ABCD"[best] == questions[i][2])
             counts.append(count_blocks(trace.ran, trace.token_index, policy, context))
-    by_category = {category: [] for category in (*CATEGORIES, "other")}
-    for (subject, _), value in right.items():
+    scores = {category: [] for category in ("all", *CATEGORIES, "other")}
+    for (subject, _), value in sorted(right.items()):
         of = [category for category, names in CATEGORIES.items() if subject in names.split()]
-        by_category[of[0] if of else "other"].append(value)
-    scores = {category: mean(values) for category, values in by_category.items()}
-    return scores | dict(all=mean(right.values()), questions=len(right), **ratios(counts))
+        scores["all"].append(value)
+        scores[of[0] if of else "other"].append(value)
+    return dict(**means(context, **scores), questions=len(right), **ratios(counts))
 
 
 @dataclass
@@ -281,7 +314,7 @@ def write_texts(model, tokenizer, policy, prompts, context, stop=True):
 
 
 def prompt_ids(tokenizer, record, context):
-    """The first turn of an MT-Bench question as a chat, or the first 128 tokens of a text."""
+    """The first turn of an MT-Bench question as a chat, or the first prompt_tokens of a text."""
     if "turns" in record:
         return chat_ids(tokenizer, record["turns"][:1], context)
     return tokenizer.encode(record["text"][:4096])[: context.prompt_tokens]
@@ -299,20 +332,24 @@ def chat_ids(tokenizer, turns, context):
 
 
 def collapse(model, tokenizer, policy, records, context):
-    """Texts that do not stop at end-of-text, so that all have the same length; the dense ones are written once."""
+    """
+    Texts that do not stop at end-of-text, so that all have the same length; with --chat they do, as a user has them.
+    The dense ones are written once.
+    """
+    stop = context.chat
     prompts = [prompt_ids(tokenizer, record, context) for record in records[: context.limit or 32]]
     if "texts" not in context.reference:
-        context.reference["texts"] = write_texts(model, tokenizer, dense, prompts, context, stop=False)
+        context.reference["texts"] = write_texts(model, tokenizer, dense, prompts, context, stop)
     texts = context.reference["texts"]
     if policy is not dense:
-        texts = write_texts(model, tokenizer, policy, prompts, context, stop=False)
+        texts = write_texts(model, tokenizer, policy, prompts, context, stop)
     ids = [text.ids for text in texts]
-    pairs = zip(ids, context.reference["texts"])
+    loops = [longest_loop(text) for text in ids]
+    scores = dict(looping=[int(loop >= 32) for loop in loops], longest_loop=loops)
+    scores |= {f"distinct_{n}": [distinct_n(text, n) for text in ids] for n in (1, 2, 4)}
+    scores["parts_from_dense"] = [first_difference(a, b.ids) for a, b in zip(ids, context.reference["texts"])]
     return dict(
-        **{f"distinct_{n}": mean(distinct_n(text, n) for text in ids) for n in (1, 2, 4)},
-        longest_loop=mean(map(longest_loop, ids)),
-        looping=mean(longest_loop(text) >= 32 for text in ids),
-        parts_from_dense=mean(first_difference(a, b.ids) for a, b in pairs),
+        **means(context, **scores),
         texts=len(ids),
         tokens=sum(map(len, ids)),
         **ratios([text.counts for text in texts]),
@@ -326,31 +363,18 @@ def worstcase(model, tokenizer, policy, records, context):
     texts = write_texts(model, tokenizer, policy, prompts, context, stop=False)
     edges = [edge for edge in (64, 128, 256, 512, 1024, 2048) if edge < context.max_new_tokens]
     edges.append(context.max_new_tokens)
-    never, total = Counter(), Counter()
+    scores, tokens = {"never": [], **{f"never_below_{edge}": [] for edge in edges}}, 0
     for text in texts:
         past = text.token_index > policy_warm_up(policy, context)
-        for full, index in zip(text.ran[:, past].all(0).tolist(), text.token_index[past].tolist()):
-            edge = min(edge for edge in edges if index < edge)
-            total[edge] += 1
-            never[edge] += full
-    tokens = sum(total.values())
-    by_edge = {f"never_below_{edge}": never[edge] / total[edge] if total[edge] else None for edge in edges}
-    never = sum(never.values()) / max(1, tokens)
-    return dict(never=never, **by_edge, texts=len(texts), tokens=tokens, **ratios([text.counts for text in texts]))
-
-
-def read_answers(path):
-    """The answers in a file, one JSON object per line, of an earlier run that was cut off, perhaps within a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return [json.loads(line) for line in lines]
-
-
-def add_answer(path, answers, answer):
-    answers.append(answer)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(to_json(answer) + "\n")
+        full, index = text.ran[:, past].all(0).double(), text.token_index[past]
+        tokens += len(index)
+        if len(index):
+            scores["never"].append(full.mean().item())
+        for low, high in zip([0, *edges], edges):
+            inside = full[(index >= low) & (index < high)]
+            if len(inside):
+                scores[f"never_below_{high}"].append(inside.mean().item())
+    return dict(**means(context, **scores), texts=len(texts), tokens=tokens, **ratios([text.counts for text in texts]))
 
 
 def mtbench(model, tokenizer, policy, records, context):
@@ -358,7 +382,7 @@ def mtbench(model, tokenizer, policy, records, context):
     Both turns of each question, appended to OUTPUT/MODEL_ID.jsonl in FastChat's format for model answers. Put it under
     data/mt_bench/model_answer/ of FastChat, and its gen_judgment.py asks GPT-4 for the scores.
     """
-    answers = read_answers(context.answers)
+    answers = read_records(context.answers)
     done = {answer["question_id"] for answer in answers}
     for record in records[: context.limit]:
         if record["question_id"] in done:
@@ -371,7 +395,7 @@ def mtbench(model, tokenizer, policy, records, context):
             counts.append(text.counts)
             loops.append(longest_loop(text.ids))
             tokens += len(text.ids)
-        add_answer(context.answers, answers, dict(
+        add_record(context.answers, answers, dict(
             question_id=record["question_id"],
             answer_id=uuid.uuid4().hex[:22],
             model_id=context.answers.stem,
@@ -382,31 +406,30 @@ def mtbench(model, tokenizer, policy, records, context):
             loop=max(loops),
         ))
     return dict(
+        **means(context, looping=[int(answer["loop"] >= 32) for answer in answers]),
         answers=len(answers),
         tokens=sum(answer["tokens"] for answer in answers),
-        looping=mean(answer["loop"] >= 32 for answer in answers),
         **ratios([answer["counts"] for answer in answers]),
     )
 
 
 def summarize(model, tokenizer, policy, stories, context):
-    """Summaries by the paper's prompt, in its classes: small up to 470 words, medium up to 790, large above."""
-    answers = read_answers(context.answers)
+    """Summaries by the paper's prompt, scored in all and by length of the story."""
+    answers = read_records(context.answers)
     for some in cut(stories[len(answers) : context.limit], context.batch_size):
         prompts = [chat_ids(tokenizer, [SUMMARIZE.format(story)], context) for story, _ in some]
         texts = write_texts(model, tokenizer, policy, prompts, context)
         for (story, reference), text in zip(some, texts):
-            words = len(story.split())
-            size = "small" if words <= 470 else "medium" if words <= 790 else "large"
             summary = tokenizer.decode(text.ids).split("USER:")[0].strip()
             score = rouge_l(summary, reference)
-            answer = dict(size=size, rouge_l=score, words=words, summary=summary, counts=text.counts)
-            add_answer(context.answers, answers, answer)
-    row = dict(rouge_l=mean(answer["rouge_l"] for answer in answers))
-    for size in "small", "medium", "large":
-        scores = [answer["rouge_l"] for answer in answers if answer["size"] == size]
-        row |= {f"rouge_l_{size}": mean(scores), f"n_{size}": len(scores)}
-    return row | ratios([answer["counts"] for answer in answers])
+            answer = dict(size=length_class(story), words=len(story.split()), rouge_l=score)
+            answer |= dict(summary=summary, counts=text.counts)
+            add_record(context.answers, answers, answer)
+    scores = {"rouge_l": [answer["rouge_l"] for answer in answers]}
+    for size in CLASSES:
+        scores[f"rouge_l_{size}"] = [answer["rouge_l"] for answer in answers if answer["size"] == size]
+    numbers = {f"rouge_l_{size}_n": len(scores[f"rouge_l_{size}"]) for size in CLASSES}
+    return dict(**means(context, **scores), **numbers, **ratios([answer["counts"] for answer in answers]))
 
 
 TASKS = {

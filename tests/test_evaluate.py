@@ -4,19 +4,23 @@ import csv
 import json
 import math
 from pathlib import Path
+from statistics import median
 
 import evaluate
 import pytest
+import tasks
 import torch
+from at_ratio import describe, make_policy, on_text, prompts_ratio
 from baselines import POLICIES
-from readers import load_text
+from readers import load_questions, load_text
 from table import cell
 from tasks import TASKS, perplexity
 from test_golden import GOLDEN
 from tiny import Bytes, mistake, random_ids, start, tiny_model, write_data
 
 import common
-from measuring import skip_ratio
+from calibrate import cold_regions
+from measuring import mean_interval, measure, skip_ratio
 from skip import FFNSkip
 
 
@@ -24,6 +28,8 @@ from skip import FFNSkip
 def run(model, tmp_path, monkeypatch):
     """run(task, file or None, *flags) -> the rows of its CSV, as dicts."""
     write_data(tmp_path)
+    questions = [f"Which of {n} dogs is so lazy that it does not jump? | dog {n}\n" for n in range(12)]
+    (tmp_path / "many.txt").write_text("".join(questions))
     monkeypatch.setattr(common, "find_checkpoint", lambda path: Path("tiny"))
     monkeypatch.setattr(evaluate, "load_tokenizer", lambda path: Bytes())
     monkeypatch.setattr(evaluate, "load_model", lambda path, device, dtype: model)
@@ -50,10 +56,10 @@ def run(model, tmp_path, monkeypatch):
         ("perplexity", "text.raw", ["perplexity", "kl", "top1_agreement"], 128),
         ("perplexity", "c4.jsonl", ["perplexity"], 128),
         ("warmup", "text.raw", ["perplexity_past_warm_up"], 128),
-        ("factoid", "questions.txt", ["exact_match"], 2),
+        ("factoid", "many.txt", ["exact_match", "answer_within_high", "difference_low"], 6),
         ("mmlu", "mmlu", ["stem", "all"], 2),
         ("mtbench", "question.jsonl", ["answers"], 2),
-        ("summarize", "stories.csv", ["rouge_l", "rouge_l_small", "n_medium"], None),
+        ("summarize", "stories.csv", ["rouge_l", "rouge_l_small", "rouge_l_medium_n"], None),
         ("collapse", "question.jsonl", ["distinct_2", "longest_loop", "parts_from_dense"], 2),
         ("worstcase", "c4.jsonl", ["never"], 2),
     ],
@@ -61,6 +67,7 @@ def run(model, tmp_path, monkeypatch):
 def test_every_task(run, task, file, columns, limit):
     flags = ["--max-new-tokens", "12", "--policies", "dense,ffnskip,random,shortgpt"]
     flags += ["--limit", limit] if limit else []
+    flags += ["--prompt-tokens", "16"] if task == "warmup" else []
     rows = run(task, file, *flags)
     assert [(row["policy"], row["skip"], row["match"]) for row in rows] == [
         ("dense", "", "ffn"),
@@ -75,9 +82,10 @@ def test_every_task(run, task, file, columns, limit):
 
 
 def test_warm_up_is_compared_over_the_same_tokens(run):
-    rows = run("warmup", "text.raw", "--policies", "ffnskip,random", "--warm-up-index=-1,8,30", "--limit", 128)
+    flags = ["--policies", "ffnskip,random", "--warm-up-index=-1,8,30", "--limit", 128, "--prompt-tokens", 10]
+    rows = run("warmup", "text.raw", *flags)
     assert [row["warm_up_index"] for row in rows] == ["-1", "-1", "8", "8", "30", "30"]
-    assert {row["tokens_compared"] for row in rows} == {str(2 * (63 - 31))}
+    assert {row["tokens_compared"] for row in rows} == {str(2 * (63 - 10 - 31))}
     saved = [float(row["ffn_saved_ratio"]) for row in rows]
     assert saved[0] > saved[2] > saved[4] > 0
 
@@ -90,14 +98,19 @@ def options(*flags):
 
 
 WINDOWS = [(random_ids(64, seed, vocab_size=128), 0) for seed in range(6)]
-TOKENS = torch.tensor([ids for ids, _ in WINDOWS])
+
+
+def make(name, model, skip, settings, warm_up_index, *flags):
+    tokens = torch.tensor([ids for ids, _ in WINDOWS])
+    calibration = on_text(model, tokens, 0, 4, 64)
+    return make_policy(name, model, skip, calibration, settings, warm_up_index, 0, options(*flags))
 
 
 @pytest.mark.parametrize("name", ["ffnskip", "static", "skipdecode", "statecopy_cosine"])
 def test_policies_are_brought_to_the_ratio(model, name):
     settings = dict(cold_s=1, cold_e=5, k=1, sim_threshold=[0.5, 0.6, 0.7, 0.6, 0.5, 0.5], warm_up_index=9)
     settings |= dict(ratios=[[0.1, 0.1], [0.0, 0.5]])  # of another text
-    policy, got = evaluate.make_policy(name, model, 0.2, TOKENS, settings, 4, options())
+    policy, got = make(name, model, 0.2, settings, 4)
     assert got == pytest.approx(0.2, abs=0.03) and got == skip_ratio(model, policy, WINDOWS)
     assert policy.warm_up_index == 4  # the task's, and not that of the settings
     if name == "ffnskip":  # the thresholds keep their distances
@@ -115,19 +128,30 @@ def test_the_warm_up_index_of_a_row_reaches_its_policy(model, name):
     if name == "authors":
         model = tiny_model(n_layers=11, vocab_size=128)
     for warm_up_index in -1, 7:
-        policy, _ = evaluate.make_policy(name, model, 0.2, TOKENS, settings, warm_up_index, options())
+        policy, _ = make(name, model, 0.2, settings, warm_up_index)
         assert policy.warm_up_index == warm_up_index
 
 
-def test_printed_is_algorithm_1_as_printed(model):
-    settings = dict(cold_s=1, cold_e=5, k=1)
-    cold = options("--printed-cold", "2,5")
-    policy, _ = evaluate.make_policy("printed", model, 0.2, TOKENS, settings, 4, cold)
+@pytest.mark.parametrize("threshold", [0.9, [0.5, 0.6, 0.7, 0.6, 0.5, 0.5]])
+def test_printed_is_algorithm_1_as_printed(model, threshold):
+    """One threshold, and cold regions by the rule from the calibration text, whatever the settings hold."""
+    settings = dict(cold_s=1, cold_e=5, k=1, sim_threshold=threshold, full_every=7, recheck=False)
+    policy, ratio = make("printed", model, 0.2, settings, 4, "--printed-cold", "2,5")
     assert (policy.cold_s, policy.cold_e, policy.k, policy.full_every) == (2, 5, None, None)
-    policy, _ = evaluate.make_policy("printed", model, 0.2, TOKENS, settings, 4, options())
-    assert (policy.cold_s, policy.cold_e, policy.k) == (1, 5, None)  # those of the settings
-    fixed, ratio = evaluate.make_policy("printed", model, None, TOKENS, settings, 4, cold)
-    assert fixed.sim_threshold == 1.0 and ratio == 0
+    assert isinstance(policy.sim_threshold, float) and ratio == pytest.approx(0.2, abs=0.03)
+    ruled, _ = make("printed", model, 0.1, settings, 4)
+    assert (ruled.cold_s, ruled.cold_e) == tuple(cold_regions(measure(model, WINDOWS, 4).mean(0))) != (1, 5)
+    assert isinstance(ruled.sim_threshold, float)
+    fixed, ratio = make("printed", model, None, settings, 4, "--printed-cold", "2,5", "--sim-threshold", "0.8")
+    assert fixed.sim_threshold == 0.8 and ratio > 0
+
+
+def test_prompts_count_in_the_calibration_of_windows_that_have_them(model):
+    """So that a ratio is reached over the tokens that the task counts."""
+    tokens = torch.tensor([ids for ids, _ in WINDOWS])
+    settings = dict(cold_s=1, cold_e=5, k=1, sim_threshold=0.9)
+    policy, ratio = make_policy("ffnskip", model, None, on_text(model, tokens, 30, 4, 34), settings, 4, 0, options())
+    assert ratio == skip_ratio(model, policy, [(ids, 30) for ids, _ in WINDOWS]) != skip_ratio(model, policy, WINDOWS)
 
 
 def test_a_fixed_threshold_is_measured_once_and_at_no_wanted_ratio(run):
@@ -180,6 +204,23 @@ def test_a_policy_file_of_ones_own(run, tmp_path):
     assert float(rows[0]["ffn_skip_ratio"]) == pytest.approx(0.2, abs=0.04)
 
 
+def test_factoid_ratios_are_reached_on_the_questions_after_those_scored(run, model, tmp_path, monkeypatch):
+    made = []
+
+    def watched(*args):
+        made.append((args[3], *make_policy(*args)))
+        return made[-1][1:]
+
+    monkeypatch.setattr(evaluate, "make_policy", watched)
+    rows = run("factoid", "many.txt", "--policies", "ffnskip,skipdecode", "--match", "ffn", "--limit", 8)
+    rest = load_questions(tmp_path / "many.txt")[8:]
+    prompts = [Bytes().encode(f"{tasks.SHOTS}Question: {q}\nAnswer: {a[0]}") for q, a in rest]
+    for row, (calibration, policy, ratio) in zip(rows, made):
+        assert ratio == prompts_ratio(model, policy, prompts, tasks.Context()) == pytest.approx(0.2, abs=0.05)
+        assert cell(ratio) == row["calibrated_ratio"] and row["questions"] == "8"
+    assert made[1][1].target_len == made[1][0].target_len == round(median(map(len, prompts)))
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +247,33 @@ def test_resume(run, tmp_path, monkeypatch):
     assert len(more) == 4 and more[:3] == again
     with pytest.raises(ValueError, match="out.csv:3: made with other settings"):
         run("perplexity", "text.raw", *flags, "--limit", 64)
+
+
+def test_scores_are_kept_one_by_one(run, tmp_path, capsys):
+    """So that an interval, and a difference from dense on the same questions, can be had afterwards."""
+    flags = ["--limit", 6, "--policies", "dense,random", "--match", "ffn"]
+    rows = run("factoid", "many.txt", *flags)
+    dense, random = map(json.loads, (tmp_path / "out.items.jsonl").read_text().splitlines())
+    assert random["policy"] == "random" and random["skip"] == 0.2 and random["seed"] == 0
+    assert len(random["scores"]["exact_match"]) == len(random["scores"]["answer_within"]) == 6
+    for record, row in (dense, rows[0]), (random, rows[1]):
+        ends = [row["answer_within"], row["answer_within_low"], row["answer_within_high"]]
+        assert ends == [cell(value) for value in mean_interval(record["scores"]["answer_within"])]
+    assert f"{ends[0]} [{ends[1]}, {ends[2]}]" in capsys.readouterr().out  # one cell on the screen
+    assert rows[0]["difference"] == "" and rows[1]["difference"] != ""
+    more = run("factoid", "many.txt", *flags, "--policies", "shortgpt")  # in another run
+    assert more[2]["difference"] != "" and len((tmp_path / "out.items.jsonl").read_text().splitlines()) == 3
+    (tmp_path / "out.csv").unlink()
+    run("factoid", "many.txt", *flags, "--policies", "random")
+    assert len((tmp_path / "out.items.jsonl").read_text().splitlines()) == 1  # a new table begins with none
+
+
+def test_seeds_are_rows_of_policies_that_draw(run):
+    rows = run("perplexity", "text.raw", "--policies", "dense,random,ffnskip", "--seeds", "3,4", "--limit", 128)
+    assert [(row["policy"], row["seed"]) for row in rows] == [
+        ("dense", "3"), ("random", "3"), ("random", "4"), ("ffnskip", "3")
+    ]  # fmt: skip
+    assert rows[1]["kl"] != rows[2]["kl"]
 
 
 def test_answers_are_kept_one_by_one(run, tmp_path):
@@ -244,9 +312,9 @@ def test_cells_are_numbers_again():
 
 def test_a_setting_in_a_few_words():
     policy = FFNSkip(1, 5, 0.9, warm_up_index=4, k=1)
-    assert evaluate.describe(policy) == "cold_e=5 cold_s=1 full_every=None k=1 recheck=True sim_threshold=0.9"
+    assert describe(policy) == "cold_e=5 cold_s=1 full_every=None k=1 recheck=True sim_threshold=0.9"
     policy.sim_threshold = [2.0, 0.123456789]
-    assert "sim_threshold=[2.0,0.12346]" in evaluate.describe(policy)
+    assert "sim_threshold=[2.0,0.12346]" in describe(policy)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -266,6 +334,9 @@ def test_a_mistake_is_one_line_in_a_shell(tmp_path):
         ["factoid"],
         ["perplexity", "--data", "x", "--skip", "2"],
         ["perplexity", "--match", "time"],
+        ["warmup", "--window", "120"],  # shorter than its prompt of 64 and the largest warm-up
+        ["worstcase", "--data", "x", "--prompt-tokens", "0"],
+        ["warmup", "--prompt-tokens=-1"],
     ],
 )
 def test_a_mistake_is_one_line(flags, capsys):

@@ -1,6 +1,7 @@
 """experiments/tasks.py on a tiny model: the metrics, the paper's prompts, and each task against plain computation."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import baselines
@@ -13,6 +14,7 @@ from tiny import STORY, Bytes, close, tiny_model, write_data
 
 from common import first_difference
 from generate import generate
+from measuring import mean_interval, paired_interval
 from model import KVCache, dense
 from skip import FFNSkip, Trace
 
@@ -101,6 +103,25 @@ def test_two_turns_in_the_papers_prompt_and_in_the_checkpoints_own():
     assert own == "[user] One?\n[assistant] Yes.\n[user] Two?\n"
 
 
+LLM_KICK = "Please give answer to this question: <QUESTION>\nThe answer is "  # of VITA-Group/llm-kick, freebaseqa
+
+
+def test_the_two_prompts_of_factoid_and_the_questions_held_out():
+    texts = []
+    tokenizer = Bytes()
+    tokenizer.encode = lambda text: texts.append(text) or [1, 2]
+    questions = [("One?", ["a"]), ("Two?", ["b", "c"]), ("Three?", ["d"])]
+    tasks.held_out(tokenizer, questions, Context(limit=1, prompt_style="llm-kick"))
+    asked = LLM_KICK.replace("<QUESTION>", "Two?")
+    assert texts == [asked + "b", LLM_KICK.replace("<QUESTION>", "Three?") + "d"]
+    assert tasks.PROMPTS["llm-kick"].format("Two?") == asked
+    tasks.held_out(tokenizer, questions, Context(limit=2))
+    assert texts[2] == tasks.SHOTS + "Question: Three?\nAnswer: d" and texts[2].count("Answer: ") == 6
+    with pytest.raises(ValueError, match="no question is left after 3 .* give a smaller --limit"):
+        tasks.held_out(tokenizer, questions, Context(limit=3))
+    assert len(tasks.held_out(tokenizer, questions * 100, Context(limit=5))) == 128
+
+
 def test_a_prompt_from_text_is_its_first_tokens():
     assert tasks.prompt_ids(Bytes(), dict(text=STORY), Context(prompt_tokens=16)) == list(STORY.encode()[:16])
 
@@ -152,6 +173,34 @@ def test_perplexity_by_hand(model):
         tasks.perplexity(model, Bytes(), policy, "short", context)
 
 
+def test_the_prompt_of_a_window_is_in_full_and_the_warm_up_counts_after_it(model):
+    """Else Figure 5 without a warm-up would show what skipping at the first token of a text does."""
+    policy = FFNSkip(1, 5, 0.9, warm_up_index=-1, k=1)
+    context = Context(limit=64, window=64, first=9, prompt_tokens=20)
+    result = tasks.perplexity(model, Bytes(), policy, STORY, context)
+    tokens, trace = torch.tensor([Bytes().encode(STORY)[:64]]), Trace()
+    p = model(tokens, policy=policy, prompt_len=20, trace=trace).softmax(-1)[0, :-1]
+    loss = -p.gather(1, tokens[0, 1:, None])[:, 0].log()
+    assert trace.ran[:, 0, :20].all() and not trace.ran[:, 0, 20].all()
+    assert result["perplexity"] == pytest.approx(loss[20:].mean().exp().item(), rel=1e-4)
+    assert result["perplexity_past_warm_up"] == pytest.approx(loss[29:].mean().exp().item(), rel=1e-4)
+    assert result["tokens_compared"] == 63 - 29 and result["ffn_skip_ratio"] == trace.ffn_skip_ratio(-1)
+
+
+def test_means_have_intervals_over_items_and_a_paired_difference():
+    ours, theirs = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1.5, 2.0, 2.5, 4.5, 5.5, 6.5]
+    context = Context(dense_scores=dict(perplexity=theirs, kl=[0.0]))
+    row = tasks.means(context, perplexity=ours, kl=ours[:4], never=[])
+    for end, value in zip(("", "_low", "_high"), mean_interval(ours)):
+        assert row[f"perplexity{end}"] == pytest.approx(math.exp(value))
+    ends = row["difference"], row["difference_low"], row["difference_high"]
+    assert ends == pytest.approx(paired_interval(ours, theirs)) and ends[1] < ends[0] < ends[2]
+    assert row["kl"] == 2.5 and row["kl_low"] is row["kl_high"] is row["never"] is row["never_low"] is None
+    assert context.scores == dict(perplexity=ours, kl=ours[:4], never=[])
+    other = tasks.means(Context(dense_scores=dict(perplexity=theirs[:5])), perplexity=ours)
+    assert other["difference"] is None  # of other items
+
+
 @pytest.mark.parametrize("name", ["dense", "ffnskip", "random", "earlyexit"])
 def test_parallel_and_token_by_token_agree(model, name):
     policy = {
@@ -166,7 +215,8 @@ def test_parallel_and_token_by_token_agree(model, name):
         context = Context(limit=64, window=64, first=5, decode=decode)
         results.append(tasks.perplexity(model, Bytes(), policy, STORY, context))
     assert lengths == [64, 64] + [64] + [1] * 64  # after the dense model's own pass
-    assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-6)
+    measured = [{key: value for key, value in result.items() if value is not None} for result in results]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-4, abs=1e-6)
     assert (results[0]["kl"] > 0.01) == (name != "dense")
     assert (results[0]["holes_read"] > 0) == (name == "earlyexit")
 
@@ -267,7 +317,7 @@ def test_mmlu_leaves_out_solved_questions_that_do_not_fit():
 
 
 def test_mmlu_has_57_subjects():
-    assert sum(len(names.split()) for names in tasks.CATEGORIES.values()) == 19 + 13 + 12  # and 13 "other"
+    assert sum(len(names.split()) for names in tasks.CATEGORIES.values()) == 18 + 13 + 12  # and 14 "other"
 
 
 def test_collapse_by_hand(model):
@@ -282,6 +332,16 @@ def test_collapse_by_hand(model):
     assert result["looping"] == (tasks.longest_loop(texts[1]) >= 32)
     assert result["distinct_2"] == tasks.distinct_n(texts[1], 2) and result["tokens"] == 60
     assert tasks.collapse(model, Bytes(), dense, [dict(text=STORY)], context)["parts_from_dense"] == 60
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_collapse_ends_with_end_of_text_where_the_template_is_the_checkpoints_own(model, chat):
+    ids = Bytes().encode("[user] Say.\n" if chat else PAPER_CHAT.replace("<QUESTION>", "Say."))
+    text = list(generate(model, ids, 40))
+    tokenizer = Bytes()
+    tokenizer.eos_ids = {text[20]}
+    result = tasks.collapse(model, tokenizer, dense, [dict(turns=["Say."])], Context(max_new_tokens=40, chat=chat))
+    assert result["tokens"] == (text.index(text[20]) if chat else 40)
 
 
 def test_worstcase_by_hand(model):
@@ -299,7 +359,7 @@ def test_summaries_are_scored_by_the_length_of_their_story(model, tmp_path):
     stories = [("word " * n, "Words.") for n in (470, 471, 790, 791)]
     context = Context(max_new_tokens=8, batch_size=3, answers=tmp_path / "a.jsonl")
     row = tasks.summarize(model, Bytes(), dense, stories, context)
-    assert (row["n_small"], row["n_medium"], row["n_large"]) == (1, 2, 1)
+    assert [row[f"rouge_l_{size}_n"] for size in ("small", "medium", "large")] == [1, 2, 1]
     answers = [json.loads(line) for line in context.answers.read_text().splitlines()]
     assert [answer["words"] for answer in answers] == [470, 471, 790, 791]
     assert row["rouge_l"] == pytest.approx(sum(tasks.rouge_l(a["summary"], "Words.") for a in answers) / 4)
