@@ -53,7 +53,7 @@ from tasks import PROMPTS, TASKS, Context, full_windows, held_out
 import common
 from load_weights import load_model, load_tokenizer
 
-DRAWN = "random", "static", "random_run", "static_run"  # policies that draw at random
+DRAWN = "random", "random_but_first", "random_run", "static", "static_run"  # policies that draw at random
 TEXT_TASKS = "perplexity", "warmup"
 
 
