@@ -6,6 +6,7 @@ for what it cannot read. `options` is evaluate.py's; only load_mmlu and load_sto
 import csv
 import json
 import math
+import random
 from pathlib import Path
 
 from common import read_utf8
@@ -35,10 +36,14 @@ def load_text(path, options=None):
 
 
 def load_questions(path, options=None):
-    """[(question, [every right answer])] of FreebaseQA or TriviaQA."""
+    """
+    [(question, [every right answer])] of FreebaseQA or TriviaQA, always in the same random order: FreebaseQA's file is
+    sorted, and the questions that are scored and those on which ratios are reached must be of one kind.
+    """
     questions = question_lines(path) if Path(path).suffix != ".json" else question_json(path)
     if not questions:
         raise ValueError(f"{path}:1: no question in it")
+    random.Random(0).shuffle(questions)
     return questions
 
 

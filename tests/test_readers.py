@@ -11,7 +11,7 @@ from tiny import STORY, write_csv, write_data, write_jsonl
 def test_questions_in_all_formats(tmp_path):
     file = tmp_path / "q.txt"
     file.write_text("Who? | ghana \n\nWhat | a|b\n")
-    assert readers.load_questions(file) == [("Who?", ["ghana"]), ("What", ["a", "b"])]
+    assert sorted(readers.load_questions(file)) == [("What", ["a", "b"]), ("Who?", ["ghana"])]
     answers = [dict(AnswersMid="m.1", AnswersName=["the who"]), dict(AnswersMid="m.2", AnswersName=["who"])]
     freebase = dict(Questions=[dict(RawQuestion="Band?", Parses=[dict(Answers=answers), dict(Answers=answers[:1])])])
     trivia = dict(Data=[dict(Question="Sea?", Answer=dict(Value="Red", Aliases=["Red", "Red Sea"]))])
@@ -20,6 +20,15 @@ def test_questions_in_all_formats(tmp_path):
     assert readers.load_questions(file) == [("Band?", ["the who", "who"])]
     file.write_text(json.dumps(trivia))
     assert readers.load_questions(file) == [("Sea?", ["Red", "Red", "Red Sea"])]
+
+
+def test_questions_of_a_sorted_file_are_in_one_random_order(tmp_path):
+    """Else the scored ones would begin with A, and those on which ratios are reached with I."""
+    file = tmp_path / "q.txt"
+    file.write_text("".join(f"{n:03} | a\n" for n in range(200)))
+    order = [int(question) for question, _ in readers.load_questions(file)]
+    assert sorted(order) == list(range(200)) and 60 < sum(order[:50]) / 50 < 140
+    assert order == [int(question) for question, _ in readers.load_questions(file)]
 
 
 def test_mmlu_with_and_without_header(tmp_path):
