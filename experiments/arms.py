@@ -49,6 +49,10 @@ class WithStandIns:
     def __init__(self, policy, stand_ins):
         self.policy, self.stand_ins, self.warm_up_index = policy, stand_ins, policy.warm_up_index
 
+    def shifted(self, shift):
+        """The same with every threshold raised by `shift`."""
+        return WithStandIns(self.policy.shifted(shift), self.stand_ins)
+
     def __call__(self, layers, x, step):
         return self.policy([Replaceable(layer, self.stand_ins) for layer in layers], x, step)
 

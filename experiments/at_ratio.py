@@ -3,6 +3,7 @@ The policy of a row of evaluate.py, brought to the wanted share of FFN blocks by
 does not score.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -46,22 +47,27 @@ def prompts_ratio(model, policy, prompts, context):
 
 def at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, options):
     """(policy, its ratio): a baseline or a policy of a file, brought as near to `skip` of the FFN blocks as it goes."""
-    own = {}  # arguments of three policies alone
-    if name == "standins":
+    factory, own = common.find_factory(name), {}  # own: arguments of three policies alone
+    if "fitted" in inspect.signature(factory).parameters:
         own = dict(fitted=common.find_fitted(options, common.find_checkpoint(options.ckpt)))
     if name == "skipdecode":
         own = dict(target_len=calibration.target_len)
     if name == "static":
         own = {key: settings[key] for key in ("cold_s", "cold_e") if key in settings}
-    make = partial(common.find_factory(name), model, tokens=calibration.tokens, seed=seed, **own)
+    make = partial(factory, model, tokens=calibration.tokens, seed=seed, **own)
 
     def at(negative):  # of the share to ask for, since bring_to wants a ratio that falls
         policy = make(-negative, warm_up_index=warm_up_index)
         return policy, calibration.ratio_of(policy)
 
+    def shifted(shift):
+        return policy.shifted(shift), calibration.ratio_of(policy.shifted(shift))
+
     policy, ratio = at(-skip)
     if abs(ratio - skip) <= 0.005 or name == "authors":  # which has chosen the nearest of few steps itself
         return policy, ratio
+    if hasattr(policy, "shifted"):  # a knob, and no need to make it anew
+        return bring_to(shifted, -4.0, 4.0, skip, tolerance=0.005, first=0.0)
     try:  # to ask for more or less than is wanted
         near, near_ratio = bring_to(at, -min(0.99, skip + 0.1), 0.0, skip, tolerance=0.005, tries=6)
     except ValueError:  # some share on the way cannot be had

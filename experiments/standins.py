@@ -83,6 +83,10 @@ class StandIns:
             return stand_in
         return torch.where(active[..., None].to(h.device), temp, stand_in)  # (batch, seq) -> (batch, seq, 1)
 
+    def shifted(self, shift):
+        """The same with a budget of e^-shift as many nats: it skips less."""
+        return StandIns(self.fitted, self.log_budget - shift, self.most, self.warm_up_index)
+
     def thresholds(self, n_layers):
         """The budget in nats, per layer: what the page of a trace shows beside the predicted harm."""
         return [math.exp(self.log_budget)] * n_layers
@@ -114,8 +118,10 @@ def cap(model, skip):
 def at_ratio(model, parts, skip, most, windows, warm_up_index=WARM_UP_INDEX):
     """The StandIns whose budget skips the share `skip` of the blocks of windows."""
 
-    def at(negative):  # of the logarithm of the budget, since bring_to wants a ratio that falls
-        policy = StandIns(parts, -negative, most, warm_up_index)
+    nat = StandIns(parts, 0.0, most, warm_up_index)
+
+    def at(shift):
+        policy = nat.shifted(shift)
         return policy, skip_ratio(model, policy, windows)
 
     return bring_to(at, -3.0, 12.0, skip)[0]
