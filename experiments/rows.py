@@ -66,24 +66,32 @@ def by_panel(rows):
     for title, own in groups.items():
         found = [log for log in logs(own) if log["lost"] != ""]
         numbers = [log["lost_n"] for log in found if log["policy"] != "dense"]
+        if not numbers:
+            continue  # the judge gave no score in this category
         few, many = min(numbers), max(numbers)
         panels[f"{title} (n {few})" if few == many else f"{title} (n {few} to {many})"] = found
     return panels
 
 
+def policy_of(row):
+    """The policy of a row: judge.py writes it, and the authors' logs have names."""
+    parts = row["log"].split("_")
+    return row.get("policy") or POLICIES.get(f"{parts[0]}_{parts[-1]}", "random")
+
+
 def logs(rows):
     """
-    The authors' rows as one row per log, with the columns that evaluate.py's have and, each with its 95 % interval and
-    number n of questions: `score`, `lost` (the dense model's score minus it) and `behind` (ffnskip's at the same ratio
-    minus it). The score of a question is the mean over its criteria; what the judge gave no score for is left out.
+    The rows of the authors' logs, or of judge.py, as one row per log, with the columns that evaluate.py's have and,
+    each with its 95 % interval and number n of questions: `score`, `lost` (the dense model's score minus it) and
+    `behind` (ffnskip's at the same ratio minus it). The score of a question is the mean over its criteria; what the
+    judge gave no score for is left out.
     """
-    dense = scores([row for row in rows if row["log"] == "no_prune"], "score")
+    dense = scores([row for row in rows if policy_of(row) == "dense"], "score")
     found = []
     for name in dict.fromkeys(row["log"] for row in rows):
         log = [row for row in rows if row["log"] == name]
-        first, *_, last = name.split("_")
         ratio = mean(row["skip_ratio_percent"] or 0 for row in log) / 100  # the dense model's is empty
-        row = dict(policy=POLICIES.get(f"{first}_{last}", "random"), match="ffn", ffn_skip_ratio=ratio)
+        row = dict(policy=policy_of(log[0]), log=name, match="ffn", ffn_skip_ratio=ratio)
         row["skip"] = round(20 * ratio) / 20 or ""
         row["scores"] = scores(log, "score")
         row |= with_interval("score", row["scores"])
