@@ -120,14 +120,13 @@ def parse_args(argv):
     add("--api-key-env", metavar="NAME", help="the environment variable that holds the key; default: none is sent")
     add("--temperature", type=float, default=0.0, metavar="T", help="of the judge (default 0; some endpoints want 1)")
     add("--output", type=Path, metavar="CSV", help="for plot.py; default: FOLDER_judged.csv beside ANSWERS' FOLDER")
-    options = parser.parse_args(argv)
-    if options.api_key_env and not os.environ.get(options.api_key_env):
-        parser.error(f"--api-key-env {options.api_key_env}: there is no such environment variable")
-    return options
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     options = parse_args(argv)
+    if options.api_key_env and not os.environ.get(options.api_key_env):
+        raise ValueError(f"--api-key-env {options.api_key_env}: there is no such environment variable")
     output = options.output or Path(f"{options.answers[0].resolve().parent}_judged.csv")
     common.check_outputs(output)
     answers = {file: read_items(file) for file in options.answers}

@@ -48,43 +48,32 @@ class SkipLM(TemplateLM):
     def count(self, trace):
         self.counts.append(count_blocks(trace.ran, trace.token_index, self.policy, self.context))
 
+    @torch.inference_mode()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False):
         """[(log-likelihood of the continuation, whether it is greedy)] for (anything, context, continuation)."""
         owners = {}  # {text: requests}: to several answers of one token, all but that token is the same
         for i, (_, context, continuation) in enumerate(requests):
             text = tuple((context + continuation)[-self.model.args.max_seq_len - 1 : -1])
             owners.setdefault(text, []).append(i)
-        answers = [None] * len(requests)
-        for batch in common.progress(cut(sorted(owners, key=len), self.context.batch_size), self.context.label):
-            for text, states in zip(batch, self.states(batch)):
+        answers, device = [None] * len(requests), self.model.tok_embeddings.weight.device
+        for texts in common.progress(cut(sorted(owners, key=len), self.context.batch_size), self.context.label):
+            pad, trace, states = [len(texts[-1]) - len(text) for text in texts], Trace(), []
+
+            def keep(layers, x, step, states=states):  # what the head reads, since logits of a whole text are large
+                states.append(self.policy(layers, x, step))
+                return states[0]
+
+            tokens = torch.tensor([[0] * n + [*text] for n, text in zip(pad, texts)], device=device)
+            self.model(tokens, policy=keep, pad=pad, trace=trace, last_only=True)
+            self.count(trace)
+            for text, state in zip(texts, states[0]):
                 for i in owners[text]:
-                    answers[i] = self.score(states, requests[i][2][-len(text) :])
+                    ids = torch.tensor(requests[i][2][-len(text) :], device=device)
+                    log_p = self.model.logits(state[-len(ids) :]).log_softmax(-1)  # (continuation, vocab)
+                    check_finite(log_p)
+                    likelihood = log_p.gather(1, ids[:, None]).double().sum().item()
+                    answers[i] = likelihood, bool((log_p.argmax(-1) == ids).all())
         return answers
-
-    def states(self, texts):
-        """(batch, seq, dim): what the output head reads of texts (tuples of ids) under the policy, left-padded."""
-        kept, trace, longest = [], Trace(), max(map(len, texts))
-        pad = [longest - len(text) for text in texts]
-        tokens = torch.tensor([[0] * n + [*text] for n, text in zip(pad, texts)])
-
-        def keep(layers, x, step):
-            kept.append(self.policy(layers, x, step))
-            return kept[0]
-
-        self.model(tokens.to(self.model.tok_embeddings.weight.device), None, keep, 0, pad, trace, last_only=True)
-        self.count(trace)
-        return kept[0]
-
-    @torch.inference_mode()
-    def score(self, states, ids):
-        """(log-likelihood, whether greedy) of the ids that the last of the states, (seq, dim), predict."""
-        ids, total, greedy = torch.tensor(ids, dtype=torch.long, device=states.device), 0.0, True
-        for some, state in zip(ids.split(128), states[len(states) - len(ids) :].split(128)):
-            log_p = self.model.logits(state).log_softmax(-1)  # (128, vocab): those of all ids would take gigabytes
-            check_finite(log_p)
-            total += log_p.gather(1, some[:, None]).double().sum().item()
-            greedy = greedy and bool((log_p.argmax(-1) == some).all())
-        return total, greedy
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """Log-likelihoods of whole texts, in windows of max_seq_len that each begin with a warm-up."""
@@ -123,7 +112,7 @@ def run_task(name, manager, num_fewshot, model, tokenizer, policy, data, context
 
     lm, options = SkipLM(model, tokenizer, policy, context), dict(limit=context.limit, num_fewshot=num_fewshot)
     results = simple_evaluate(lm, tasks=[name], task_manager=manager, bootstrap_iters=1000, **options)["results"]
-    found = results.get(name) or {f"{task} {key}": metrics[key] for task, metrics in results.items() for key in metrics}
+    found = results.get(name) or {f"{task} {key}": each[key] for task, each in results.items() for key in each}
     numbers = {key.removesuffix(",none"): value for key, value in found.items() if isinstance(value, float)}
     return numbers | ratios(lm.counts)
 
@@ -135,14 +124,8 @@ def parse_args(argv):
     add("--num-fewshot", type=int, metavar="N", help="solved examples in front; default: the task's own")
     add("--include-path", metavar="DIR", help="a folder with task files of yours")
     add("--results", type=Path, default=HERE / "results", metavar="DIR", help="where lm_eval_TASK.csv goes")
-    options, rest = parser.parse_known_args(argv)
-    options.commands = {}
-    for name in options.tasks:
-        TASKS[f"lm_eval_{name}"] = None  # until main knows more
-        output = options.results / f"lm_eval_{name}.csv"
-        data = f"num_fewshot={options.num_fewshot}"  # in the head of the CSV: a rerun goes on with the same only
-        options.commands[name] = [f"lm_eval_{name}", "--data", data, "--output", str(output), *rest]
-        evaluate.parse_args(options.commands[name])
+    options, options.others = parser.parse_known_args(argv)
+    evaluate.parse_args(["perplexity", *options.others])  # exits where it does not understand
     return options
 
 
@@ -151,13 +134,15 @@ def main(argv=None):
     common.import_optional("lm_eval", "lm_eval_model.py")
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=options.include_path)
+    manager, shots = TaskManager(include_path=options.include_path), options.num_fewshot
     for name in options.tasks:
         if not manager.match_tasks([name]):
             raise ValueError(f"no task {name}: `lm_eval ls tasks` lists them, and --include-path DIR adds yours")
-        TASKS[f"lm_eval_{name}"] = lambda *_: None, partial(run_task, name, manager, options.num_fewshot)
-    for name, command in options.commands.items():
-        evaluate.main(command)
+    for name in options.tasks:
+        task, output = f"lm_eval_{name}", str(options.results / f"lm_eval_{name}.csv")
+        TASKS[task] = lambda *_: None, partial(run_task, name, manager, shots)
+        data = f"num_fewshot={shots}"  # in the head of the CSV, with which only the same command goes on
+        evaluate.main([task, "--data", data, "--output", output, *options.others])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ PAGES = "README.md", "docs/walkthrough.md", "experiments/README.md"
 README = (ROOT / "README.md").read_text()
 PROGRAMS = "generate.py", "calibrate.py", "load_weights.py"
 PYTHON = {*PROGRAMS, "experiments/evaluate.py", "experiments/bench.py", "experiments/plot.py",
-          "experiments/standins.py"}
+          "experiments/standins.py", "experiments/judge.py", "experiments/lm_eval_model.py"}
 
 
 def commands(page):
