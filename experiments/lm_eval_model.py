@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import evaluate
-from tasks import TASKS, count_blocks, ratios
+from tasks import TASKS, count_blocks, means, ratios
 
 import common
 from generate import check_finite, generate
@@ -111,10 +111,15 @@ def run_task(name, manager, num_fewshot, model, tokenizer, policy, data, context
     from lm_eval import simple_evaluate
 
     lm, options = SkipLM(model, tokenizer, policy, context), dict(limit=context.limit, num_fewshot=num_fewshot)
-    results = simple_evaluate(lm, tasks=[name], task_manager=manager, bootstrap_iters=1000, **options)["results"]
+    out = simple_evaluate(lm, tasks=[name], task_manager=manager, bootstrap_iters=1000, **options)
+    results, items = out["results"], [item for items in out["samples"].values() for item in items]
     found = results.get(name) or {f"{task} {key}": each[key] for task, each in results.items() for key in each}
-    numbers = {key.removesuffix(",none"): value for key, value in found.items() if isinstance(value, float)}
-    return numbers | ratios(lm.counts)
+    row = {key.removesuffix(",none"): value for key, value in found.items() if isinstance(value, float)}
+    metric, kind = items[0]["metrics"][0], items[0]["filter"]
+    scores = [item[metric] for item in items if item["filter"] == kind]
+    if all(isinstance(score, (int, float)) for score in scores):  # a mean over items: interval and paired difference
+        row = means(context, **{metric: scores}) | row
+    return row | ratios(lm.counts)
 
 
 def parse_args(argv):

@@ -178,13 +178,18 @@ def test_summaries_are_judged_by_four_criteria(tmp_path, endpoint):
     folder = tmp_path / "summarize"
     folder.mkdir()
     for name, word in ("dense--ffn", "good"), ("random-0.15-ffn", "bad"):
-        answers = [dict(size="small", summary=f"A {word} one.", counts=[1, 20, 1, 20]) for _ in range(2)]
+        answers = [dict(size="small", words=3, summary=f"A {word} one.", counts=[1, 20, 1, 20]) for _ in range(2)]
         write_jsonl(folder / f"{name}.jsonl", *answers)
     judge.main(arguments(folder, tmp_path / "stories.csv", endpoint, "--output", tmp_path / "x.csv"))
     rows = plot.read(tmp_path / "x.csv")
     assert [row["criterion"] for row in rows] == ["coherence", "consistency", "fluency", "relevance"] * 2
     assert {(row["length"], row["score"], row["score_dense"]) for row in rows} == {("small", 4.0, 8.0)}
     assert len(endpoint.asked) == 16 and "The story 1." in endpoint.asked[-1]["messages"][0]["content"]
+    write_csv(
+        tmp_path / "stories.csv", ["", "text", "y"], *[[i, "Another story, of more words.", "Short."] for i in range(2)]
+    )
+    with pytest.raises(ValueError, match="random.*answers what is not item 1"):
+        judge.main(arguments(folder, tmp_path / "stories.csv", endpoint, "--output", tmp_path / "x.csv"))
 
 
 def test_the_key_is_sent_only_where_it_is_asked_for(run, endpoint, monkeypatch):
@@ -209,7 +214,7 @@ def test_mistakes_are_one_line(run, endpoint, tmp_path, capsys):
     assert "no such folder" in mistake(capsys, judge.main, *good, "--output", tmp_path / "none" / "x.csv")
     assert "--reference" in mistake(capsys, judge.main, *good[1:])  # without the dense model's
     write_jsonl(tmp_path / "question.jsonl", dict(question_id=99, turns=["Ask."]))
-    assert "no question 0" in mistake(capsys, judge.main, *good)
+    assert "is not item 0 of" in mistake(capsys, judge.main, *good)
 
 
 def test_without_the_package_it_says_so(run, endpoint, tmp_path, capsys, monkeypatch):

@@ -149,6 +149,8 @@ def test_the_program_answers_as_transformers_does_and_goes_on(run, theirs, tmp_p
         assert dense_row[name] == pytest.approx(expected["results"]["animals"][f"{name},none"], abs=1e-4)
     assert 0 < dense_row["acc"] < 1 and dense_row["ffn_skip_ratio"] == 0
     assert random_row["ffn_skip_ratio"] == pytest.approx(0.25, abs=0.08)
+    assert random_row["difference"] == pytest.approx(random_row["acc"] - dense_row["acc"])
+    assert random_row["difference_low"] <= random_row["difference"] <= random_row["difference_high"]
     before = (tmp_path / "lm_eval_animals.csv").read_text()
     run(*flags)
     assert (tmp_path / "lm_eval_animals.csv").read_text() == before  # nothing is run again
