@@ -50,7 +50,7 @@ def check_finite(values):
 
 def generate(
     model, tokens, max_new_tokens, policy=None, temperature=0.0, top_p=1.0, seed=0, eos_ids=(),
-    prompt_len=None, trace=None,
+    prompt_len=None, trace=None, cache=None,
 ):
     """
     Continue `tokens`, and yield token by token: an int for one prompt (a list of ids); for several (a list of lists) a
@@ -59,7 +59,10 @@ def generate(
 
     policy      as in Transformer.forward; None: dense
     prompt_len  tokens of each prompt that count as prompt and run in full; None: all; 0: skip in the prompt as well
-    Raises ValueError for an empty prompt, one longer than the model's max_seq_len, or an id without a row in the model.
+    cache       a KVCache of the first cache.length tokens of each prompt, which are not forwarded again: what it holds
+                stays as it was written, under whatever policy. rewind() it to what it shares with `tokens` before.
+    Raises ValueError for an empty prompt, one longer than the model's max_seq_len, an id without a row in the model, or
+    a cache that leaves no token to forward.
     """
     tokens = tokens.tolist() if torch.is_tensor(tokens) else tokens
     single = not tokens or isinstance(tokens[0], int)
@@ -71,17 +74,21 @@ def generate(
         raise ValueError(f"the prompt has {longest} tokens, more than the model's max_seq_len {limit}")
     check_ids(model, *prompts)
     weight = model.tok_embeddings.weight
-    max_seq_len = min(longest + max_new_tokens, limit)
-    cache = KVCache(model.args, len(prompts), max_seq_len, weight.dtype, weight.device)
+    if cache is None:
+        cache = KVCache(model.args, len(prompts), min(longest + max_new_tokens, limit), weight.dtype, weight.device)
+    if cache.length >= longest:
+        raise ValueError(f"the cache holds {cache.length} tokens, and the prompt has {longest}: rewind it at least to "
+                         "the last of them, whose logits are needed")
     generator = torch.Generator().manual_seed(seed)
 
     # Shorter prompts get padding at the left, so that all of them end in the same column.
     pad = [longest - len(prompt) for prompt in prompts]
-    next_ids = torch.tensor([[0] * n + prompt for n, prompt in zip(pad, prompts)])  # (batch, longest)
+    columns = torch.tensor([[0] * n + prompt for n, prompt in zip(pad, prompts)])  # (batch, longest)
+    next_ids = columns[:, cache.length :]
     prompt_len = [len(prompt) if prompt_len is None else prompt_len for prompt in prompts]
     ended = [False] * len(prompts)
     for _ in range(max_new_tokens):
-        if cache.length + next_ids.size(1) > max_seq_len:
+        if cache.length + next_ids.size(1) > cache.max_seq_len:
             return
         logits = model(next_ids.to(weight.device), cache, policy, prompt_len, pad, trace, last_only=True)[:, -1]
         next_ids = sample(logits, temperature, top_p, generator)[:, None]  # (batch, 1)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import Bytes, Words, models, tiny_model
+from tiny import Bytes, Words, models, new_cache, random_ids, tiny_model
 
 from generate import TextStream, generate, sample, speedup_bound
-from model import ModelArgs, Transformer
+from model import KVCache, ModelArgs, Transformer, dense
 from skip import FFNSkip, Trace
 
 
@@ -56,6 +56,47 @@ def test_generation_ends_after_end_of_text_after_max_new_tokens_and_with_the_con
     assert list(generate(model, [1, 2], 20, eos_ids={free[3]})) == free[: free.index(free[3]) + 1]
     assert len(list(generate(model, [1] * 60, 20))) == 64 - 60 + 1  # the last token needs no place in the cache
     assert len(list(generate(model, [1] * 64, 20))) == 1
+
+
+SKIP = FFNSkip(1, 4, 0.9, warm_up_index=1)
+
+
+@given(models(n_layers=st.integers(4, 6)), st.sampled_from([dense, SKIP]), st.integers(0, 14))
+@settings(max_examples=10)
+def test_an_answer_in_a_conversation_is_the_one_to_the_whole_of_it(model, policy, keep):
+    """What the cache holds is not forwarded again; what it shares with the conversation may end anywhere in it."""
+    cache, first = new_cache(model, 1), random_ids(6)
+    said = first + list(generate(model, first, 9, dense, cache=cache))
+    assert cache.length == 14  # the last token was written, and never read
+    then = said[: keep] + random_ids(5, seed=1)
+    cache.rewind(keep)
+    traces = Trace(), Trace()
+    answer = list(generate(model, then, 9, policy, trace=traces[0], cache=cache))
+    assert answer == list(generate(model, then, 9, policy, trace=traces[1]))
+    assert traces[0].token_index[0].tolist() == list(range(-5, 8))  # it counts from 0 in each answer
+    assert torch.equal(traces[0].ran, traces[1].ran[:, :, keep :])
+
+
+def test_what_was_written_while_skipping_stays_in_the_cache_and_is_complete():
+    """The next answer is that of a pass over the conversation in which the first answer was skipped in as well."""
+    model, prompt, cache = tiny_model(seed=5), random_ids(6), new_cache(tiny_model(), 1)
+    trace = Trace()
+    said = prompt + list(generate(model, prompt, 12, SKIP, trace=trace, cache=cache))
+    assert trace.ffn_saved_ratio() > 0 and cache.complete()
+    then = said[: cache.length] + random_ids(4, seed=1)
+    answer = list(generate(model, then, 12, SKIP, cache=cache))
+    again = new_cache(model, 1)
+    model(torch.tensor([said[:-1]]), again, SKIP, prompt_len=len(prompt))
+    assert cache.complete() and answer == list(generate(model, then, 12, SKIP, cache=again))
+    assert answer != list(generate(model, then, 12, SKIP))  # which forgets that the first answer was skipped in
+
+
+def test_a_cache_that_leaves_nothing_to_forward_is_an_error_and_a_small_one_ends_the_text():
+    model = tiny_model()
+    cache = KVCache(model.args, 1, 10)
+    assert len(list(generate(model, [1, 2], 20, cache=cache))) == 9
+    with pytest.raises(ValueError, match="the cache holds 10 tokens, and the prompt has 10: rewind"):
+        next(generate(model, [1] * 10, 5, cache=cache))
 
 
 @pytest.mark.parametrize(
