@@ -4,10 +4,13 @@ Generate text with a LLaMA checkpoint, dense or with feed-forward skipping (FFN-
     python generate.py                                             the demo model answers a question
     python generate.py --ckpt llama-2-7b "The meaning of life is"  a folder, or a name under checkpoints/
     python generate.py --chat --compare "Why is the sky blue?"     the same prompt dense and skipped, side by side
+    python generate.py --chat                                      a conversation
 """
 
+import functools
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
@@ -15,7 +18,7 @@ import torch
 import common
 from load_weights import load_model, load_tokenizer
 from model import KVCache, dense
-from show import TextStream, comparison_summary, print_texts, summary, write_trace
+from show import TextStream, comparison_summary, layer_bar, print_texts, screen, summary, write, write_trace
 from skip import Trace
 from trace_page import write_page
 
@@ -114,23 +117,31 @@ def check_ids(model, *texts):
 
 
 class Generation:
-    """One policy at work on all prompts (lists of ids): what it has written so far, and how long that took."""
+    """
+    One policy at work on all prompts (lists of ids): what it has written so far, and how long that took. cache: as in
+    generate().
+    """
 
-    def __init__(self, name, policy, model, tokenizer, prompts, options):
+    def __init__(self, name, policy, model, tokenizer, prompts, options, cache=None):
         self.name, self.policy, self.model, self.tokenizer, self.prompts = name, policy, model, tokenizer, prompts
         self.planned = options.skip if policy is not dense else None
         self.trace, self.times = Trace(cosines=options.trace is not None), []
+        self.held = 0 if cache is None else cache.length  # tokens of a prompt that are not forwarded
         self.ids = [[] for _ in prompts]
         self.pieces = [[] for _ in prompts]  # the text of each token
         self.streams = [TextStream(tokenizer, prompt) for prompt in prompts]
         sampling = options.temperature, options.top_p, options.seed, tokenizer.eos_ids
         prompt_len = 0 if options.skip_prompt else None
-        self.loop = generate(model, prompts, options.max_new_tokens, policy, *sampling, prompt_len, self.trace)
+        self.loop = generate(model, prompts, options.max_new_tokens, policy, *sampling, prompt_len, self.trace, cache)
 
-    def advance(self, on_text):
+    def advance(self):
         """One more token for every row; False when there is none."""
         begin = time.perf_counter()
-        ids = next(self.loop, None)
+        if self.times:
+            ids = next(self.loop, None)
+        else:
+            with layer_bar(self.model, "reading the prompt"):
+                ids = next(self.loop, None)
         if ids is None:
             return False
         self.times.append(time.perf_counter() - begin)
@@ -139,28 +150,39 @@ class Generation:
                 self.ids[row].append(token)
                 piece = "" if token in self.tokenizer.eos_ids else self.streams[row].add(token)
                 self.pieces[row].append(piece)
-                on_text(piece)
         return True
 
-    def finish(self, on_text):
-        """The text that was held back, waiting for the rest of a character."""
+    def finish(self):
+        """Add the text that was held back, waiting for the rest of a character."""
         for pieces, stream in zip(self.pieces, self.streams):
             pieces.append(stream.rest())
-            on_text(pieces[-1])
+
+    def text(self, row=0):
+        return "".join(self.pieces[row])
+
+    def decode_speed(self):
+        """Tokens per second over all rows, without the first, which is the prefill's; None if there is no other."""
+        decode = sum(self.times[1:])
+        return sum(max(len(ids) - 1, 0) for ids in self.ids) / decode if decode else None
+
+    def skipped(self):
+        """The ffn_saved_ratio so far of one text: quicker than the trace's, to be asked for again and again."""
+        passes = self.trace.passes[1:]  # over one token each, in which only blocks that ran are recorded
+        blocks = sum(one.n_layers for one in passes)
+        return 1 - sum(len(one.ran) for one in passes) / blocks if blocks else 0.0
 
     def report(self):
         """What --json prints: lists over the prompts where there are several."""
         n_prompt = [len(prompt) for prompt in self.prompts]
         n_new = [len(ids) for ids in self.ids]
-        text = ["".join(pieces) for pieces in self.pieces]
+        text = [self.text(row) for row in range(len(self.prompts))]
         report = dict(text=text, prompt_tokens=n_prompt, new_tokens=n_new, token_ids=self.ids)
         if len(self.prompts) == 1:
             report = {key: value[0] for key, value in report.items()}
-        prefill, decode = sum(self.times[:1]), sum(self.times[1:])
-        decoded = sum(max(n - 1, 0) for n in n_new)  # the first new token is the prefill's
+        prefill, read = sum(self.times[:1]), sum(n - self.held for n in n_prompt)
         return report | dict(
-            prefill_tokens_per_s=sum(n_prompt) / prefill if prefill else None,
-            decode_tokens_per_s=decoded / decode if decode else None,
+            prefill_tokens_per_s=read / prefill if prefill else None,
+            decode_tokens_per_s=self.decode_speed(),
             ffn_skip_ratio=self.trace.ffn_skip_ratio(getattr(self.policy, "warm_up_index", -1)),
             ffn_saved_ratio=self.trace.ffn_saved_ratio(),
             planned_skip_ratio=self.planned,
@@ -207,7 +229,9 @@ def parse_args(argv):
     add = parser.add_argument
     add("prompt", nargs="*", help='what to continue; several run as one batch; "-" reads one from standard input')
     add("--prompts", metavar="FILE", help="more prompts, one per line")
-    add("--chat", action="store_true", help="each prompt is a user's message, put into the checkpoint's chat template")
+    add("--chat", action="store_true", help="each prompt is a user's message, put into the checkpoint's chat template; "
+        "without a prompt it is a conversation, of standard input")
+    add("--system", metavar="TEXT", help="with --chat: what the model is told before the first message")
     add("--max-new-tokens", type=common.positive, default=256, metavar="N", help="stop after N tokens (default 256)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the likeliest token")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens, which add up to P")
@@ -232,6 +256,11 @@ def parse_args(argv):
         parser.error('"-" reads standard input, which can be read once')
     if options.skip is not None and not 0 <= options.skip < 1:
         parser.error(f"--skip {options.skip} is not a share of at least 0 and below 1")
+    if options.system is not None and not options.chat:
+        parser.error("--system is for --chat")
+    for flag in "json", "compare", "show_skips", "trace":
+        if options.chat and not options.prompt and not options.prompts and getattr(options, flag):
+            parser.error(f"--{flag.replace('_', '-')} needs a prompt: --chat without one is a conversation")
     return options
 
 
@@ -271,17 +300,32 @@ def choose_policy(options, ckpt, model):
     return name, policy, {} if name == "dense" else dict(skip=options.skip)
 
 
+def load(ckpt, device, dtype):
+    """The tokenizer and the model of a checkpoint; with a bar on a terminal, since a GGUF file takes seconds."""
+    parts = load_tokenizer, functools.partial(load_model, device=device, dtype=dtype)
+    return [load_part(ckpt) for load_part in common.progress(parts, "loading")]
+
+
+def first_messages(options):
+    """What stands in a chat before the user's first message."""
+    return [] if options.system is None else [dict(role="system", content=options.system)]
+
+
 def main(argv=None):
     options = parse_args(argv)
     common.check_outputs(options.trace)
     prompts = read_prompts(options)
     ckpt = common.find_checkpoint(options.ckpt)
-    device = common.find_device(options.device)
-    tokenizer, model = load_tokenizer(ckpt), load_model(ckpt, device, options.dtype)
+    tokenizer, model = load(ckpt, common.find_device(options.device), options.dtype)
+    if options.chat and not prompts:
+        from chat import converse  # which imports this file
+
+        return converse(options, ckpt, tokenizer, model)
     chat = options.chat or (not prompts and options.ckpt is None)
     prompts = prompts or [QUESTION]
     if chat:
-        ids = [tokenizer.chat([dict(role="user", content=prompt)]) for prompt in prompts]
+        before = first_messages(options)
+        ids = [tokenizer.chat([*before, dict(role="user", content=prompt)]) for prompt in prompts]
     else:
         ids = [tokenizer.encode(prompt) for prompt in prompts]
     name, policy, settings = choose_policy(options, ckpt, model)
@@ -292,21 +336,12 @@ def main(argv=None):
         generations.insert(0, Generation("dense", dense, model, tokenizer, ids, options))
 
     colour = options.show_skips and sys.stdout.isatty()
-    streams = not options.json and not colour and len(ids) == 1 and len(generations) == 1
-
-    def on_text(text):
-        if streams:
-            print(text, end="", flush=True)
-
-    interrupted = False
-    try:
-        running = list(generations)
-        while running:  # token by token in turn, so that their speeds compare
-            running = [generation for generation in running if generation.advance(on_text)]
-    except KeyboardInterrupt:
-        interrupted = True
-    for generation in generations:
-        generation.finish(on_text)
+    as_written = not options.json and not colour and len(ids) == 1
+    steps = range(options.max_new_tokens)
+    if as_written:
+        finished = write(generations, screen(generations), steps)
+    else:
+        finished = write(generations, nullcontext(lambda: None), common.progress(steps, "writing"))
     reports = [generation.report() for generation in generations]
     extra = comparison(generations, reports, model) if options.compare else {}
     if options.trace and options.trace.endswith((".html", ".htm")):
@@ -321,15 +356,13 @@ def main(argv=None):
         if options.compare:
             report |= dict(dense=reports[0], **extra)
         print(common.to_json(report))
-    elif streams:
-        print()
-    else:
+    elif not as_written:
         print_texts(generations, prompts, colour)
     for report in reports:
         print(summary(report), file=sys.stderr)
     if extra:
         print(comparison_summary(extra), file=sys.stderr)
-    return 130 if interrupted else 0
+    return 0 if finished else 130
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def load_model(path, device="cpu", dtype=None):
     model = empty_model(args)
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     weights = {}
-    for name, shape in expected.items():
+    for name, shape in common.progress(expected.items(), "weights"):
         with load_errors(path):
             tensor = read(name, dtype)
             check_tensor(path, name, tensor, shape)

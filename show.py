@@ -1,6 +1,17 @@
-"""What generate.py shows: text as it grows, texts below each other, shaded; a line that sums up; a trace as CSV."""
+"""
+What generate.py shows: text as it grows, two texts side by side or below each other, shaded; a line that sums up; a bar
+of layers; a trace as CSV.
+"""
 
 import csv
+import importlib.util
+import sys
+import time
+from contextlib import contextmanager
+from os.path import commonprefix
+
+REDRAWS = 10  # per second, at most
+PATIENCE = 1  # seconds of the prompt's pass without a bar
 
 
 class TextStream:
@@ -24,6 +35,125 @@ class TextStream:
             return ""
         self.start, self.read = self.read, len(self.ids)
         return text[len(before) :]
+
+
+def write(generations, screen, steps):
+    """
+    All the texts, token by token in turn, so that their speeds compare; `screen` draws between the tokens. `steps` are
+    as many items as there may be tokens. False if Ctrl-C ended it.
+    """
+    finished = True
+    with screen as draw:
+        try:
+            running = list(generations)
+            for _ in steps:
+                running = [generation for generation in running if generation.advance()]
+                draw()
+                if not running:
+                    break
+        except KeyboardInterrupt:
+            finished = False
+        for generation in generations:
+            generation.finish()
+        draw()
+    return finished
+
+
+def screen(generations):
+    """
+    What shows one text of each generation while it is written, as a context manager that gives draw(), to be called
+    after every token: two columns on a terminal, if the package rich is installed; else one text after the other.
+    """
+    if len(generations) == 2 and sys.stdout.isatty() and importlib.util.find_spec("rich"):
+        return side_by_side(generations)
+    return below_each_other(generations)
+
+
+@contextmanager
+def below_each_other(generations):
+    """The first text as it grows, and then the others, below their names if there are any."""
+    first, *others = generations
+    shown = 0  # pieces
+
+    def draw():
+        nonlocal shown
+        pieces = first.pieces[0][shown:]
+        shown += len(pieces)
+        print("".join(pieces), end="", flush=True)
+
+    if others:
+        print(f"[{first.name}]")
+    yield draw
+    print()
+    for generation in others:
+        print(f"\n[{generation.name}]\n{generation.text()}")
+
+
+@contextmanager
+def side_by_side(generations):
+    """Live columns on a terminal. While they grow, their last lines are shown, as many as it has; then all of them."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(highlight=False)
+    live = Live(console=console, auto_refresh=False, transient=True)
+    drawn = 0.0  # when
+
+    def draw():
+        nonlocal drawn
+        if time.perf_counter() - drawn > 1 / REDRAWS:
+            live.start()  # only now, since the bars of loading and of the prompt have gone
+            live.update(columns(console, generations, max(1, console.height - 6)), refresh=True)
+            drawn = time.perf_counter()
+
+    try:
+        yield draw
+    finally:
+        live.stop()
+    console.print(columns(console, generations))
+
+
+def columns(console, generations, n_lines=0):
+    """
+    A table for rich: name, speed, what was skipped, and the last n_lines of the text (0: all) of each generation; bold
+    from where the texts differ.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table, cells = Table(), []
+    same = len(commonprefix([generation.text() for generation in generations]))
+    width = console.width // len(generations) - 4  # a frame and a space at either side
+    for generation in generations:
+        speed = number(generation.decode_speed(), "{:.1f} tokens/s")
+        table.add_column(f"{generation.name}\n{speed}, {generation.skipped():.1%} skipped", width=width)
+        text = Text(generation.text().rstrip())
+        text.stylize("bold", same)
+        lines = text.wrap(console, width)
+        cells.append(Text("\n").join(lines[-n_lines:]))
+    table.add_row(*cells)
+    return table
+
+
+@contextmanager
+def layer_bar(model, label):
+    """A bar of the layers that the model walks through, if that takes longer than PATIENCE, on a terminal."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield
+        return
+
+    def count(module, args, out):
+        bar.update()
+
+    with tqdm(total=len(model.layers), desc=label, leave=False, disable=None, delay=PATIENCE) as bar:
+        hooks = [layer.attention.register_forward_hook(count) for layer in model.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def number(value, form="{:.1f}"):
@@ -60,7 +190,7 @@ def print_texts(generations, prompts, colour):
         for generation in generations:
             if len(generations) > 1:
                 print(f"[{generation.name}]")
-            print(shaded(generation, row) if colour else "".join(generation.pieces[row]))
+            print(shaded(generation, row) if colour else generation.text(row))
             if len(prompts) > 1 or len(generations) > 1:
                 print()
 

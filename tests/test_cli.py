@@ -181,11 +181,11 @@ def test_ctrl_c_in_this_process_keeps_what_was_written(monkeypatch, capsys):
     """Certainly in the middle of the text, which the process of its own may have ended already."""
     calls = []
 
-    def interrupted(self, on_text, real=Generation.advance):
+    def interrupted(self, real=Generation.advance):
         calls.append(self.name)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(self, on_text)
+        return real(self)
 
     monkeypatch.setattr(Generation, "advance", interrupted)
     assert main(["--ckpt", CKPT, "--max-new-tokens", "40", "--json", "Once"]) == 130

@@ -44,9 +44,9 @@ def generations(model, *policies, prompts=PROMPTS, arguments=("--max-new-tokens"
     for policy in policies:
         ids = [tokenizer.encode(prompt) for prompt in prompts]
         done.append(Generation(type(policy).__name__, policy, model, tokenizer, ids, options))
-        while done[-1].advance(lambda text: None):
+        while done[-1].advance():
             pass
-        done[-1].finish(lambda text: None)
+        done[-1].finish()
     return done
 
 
