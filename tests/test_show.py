@@ -1,0 +1,147 @@
+"""show.py: what is on the screen while texts are written, on a terminal and elsewhere."""
+
+import fcntl
+import importlib.util
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_golden import GOLDEN
+from tiny import Bytes, random_ids, start
+
+import show
+from generate import Generation, main, parse_args
+from model import dense
+from skip import FFNSkip
+
+CKPT = str(GOLDEN / "hf-gqa")
+SKIP = ["--policy", "ffnskip", "--cold-s", "0", "--cold-e", "2", "--sim-threshold", "0.5", "--warm-up-index", "1"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def two():
+    return [SimpleNamespace(name=name, pieces=[[]], text=lambda: "later") for name in ("dense", "mine")]
+
+
+def test_on_a_pipe_the_first_text_streams_and_the_other_follows(capsys):
+    first, other = generations = two()
+    seen = []
+    with show.screen(generations) as draw:
+        for piece in "a", "b", "c":
+            first.pieces[0].append(piece)
+            other.pieces[0].append("x")
+            draw()
+            seen.append(capsys.readouterr().out)
+    assert seen == ["[dense]\na", "b", "c"] and capsys.readouterr().out == "\n\n[mine]\nlater\n"
+
+
+def test_without_rich_a_terminal_shows_what_a_pipe_does(monkeypatch):
+    for terminal, packages, expected in (True, None, "below"), (False, "rich", "below"), (True, "rich", "side"):
+        monkeypatch.setattr("sys.stdout", Terminal() if terminal else io.StringIO())
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: packages)
+        monkeypatch.setattr(show, "side_by_side", lambda generations: "side")
+        monkeypatch.setattr(show, "below_each_other", lambda generations: "below")
+        assert show.screen(two()) == expected
+
+
+def run_on_a_terminal(*args, columns=80):
+    """All that generate.py writes on a terminal, as bytes."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(leader, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    env = dict(TERM="xterm", COLUMNS="", LINES="", TTY_COMPATIBLE="1")
+    process = start("generate.py", "--ckpt", CKPT, *args, stdout=follower, stderr=follower, env=env)
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(leader, 100000)
+        except OSError:  # it has ended
+            break
+    os.close(leader)
+    assert process.wait() == 0, shown
+    return shown
+
+
+def test_on_a_terminal_both_texts_are_live_columns_after_a_bar(capsys):
+    pytest.importorskip("rich", reason="two columns need the package rich")
+    args = [*SKIP, "--max-new-tokens", "30", "--compare", "The capital"]
+    shown = run_on_a_terminal(*args).decode(errors="replace")
+    bar, *tables = shown.split("┏")
+    assert "loading: " in bar and "weights: " in bar and len(tables) > 1  # drawn before the end, too
+    last = re.sub(r"\x1b\[[\d;]*m", "", tables[-1])
+    assert all(len(line.rstrip()) <= 80 for line in last.split("└")[0].split("\r\n"))
+    assert re.search(r"dense +┃ ffnskip", last) and len(re.findall(r"[\d.]+ tokens/s, [\d.]+% skipped", last)) == 2
+    assert "[ffnskip: 30 tokens; " in last and "[first difference: " in last
+    assert main(["--ckpt", CKPT, *args]) == 0
+    texts = re.fullmatch(r"\[dense\]\n(.*)\n\n\[ffnskip\]\n(.*)\n", capsys.readouterr().out, re.DOTALL).groups()
+    rows = [line.split("│")[1:3] for line in last.split("\r\n") if line.startswith("│")]
+    for column, text in zip(zip(*rows), texts):
+        assert re.sub(r"\W", "", "".join(column)) == re.sub(r"\W", "", text)
+
+
+def test_a_pipe_has_no_bars():
+    args = ["--ckpt", CKPT, *SKIP, "--max-new-tokens", "3", "Once", "Twice"]
+    process = start("generate.py", *args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _, said = process.communicate()
+    assert process.returncode == 0 and said.startswith("[ffnskip: ") and said.count("\n") == 1 and "\r" not in said
+
+
+def test_a_table_keeps_the_last_lines_that_fit():
+    console = pytest.importorskip("rich.console", reason="two columns need the package rich").Console
+    generation = SimpleNamespace(name="dense", decode_speed=lambda: None, skipped=lambda: 0.0)
+    generation.text = lambda: " ".join(f"word{i}" for i in range(100))
+    out = console(file=io.StringIO(), width=60)
+    out.print(show.columns(out, [generation, generation], n_lines=3))
+    lines = out.file.getvalue().splitlines()
+    assert len(lines) == 8 and "word99" in lines[-2] and "word0 " not in out.file.getvalue()
+
+
+def test_the_live_share_and_speed_are_those_of_the_report(model):
+    generation = Generation("ffnskip", FFNSkip(0, 6, 0.7, 3), model, Bytes(), [random_ids(5)], parse_args(["x"]))
+    assert generation.skipped() == 0 and generation.decode_speed() is None
+    for _ in range(12):
+        generation.advance()
+    report = generation.report()
+    assert generation.skipped() == pytest.approx(report["ffn_saved_ratio"]) and report["ffn_saved_ratio"] > 0
+    assert generation.decode_speed() == report["decode_tokens_per_s"] == 11 / sum(generation.times[1:])
+
+
+def test_a_long_prompt_has_a_bar_of_layers_which_changes_nothing(model, monkeypatch):
+    pytest.importorskip("tqdm", reason="bars need the package tqdm")
+    monkeypatch.setattr(show, "PATIENCE", 0)
+    tokens = torch.tensor([random_ids(9)])
+    logits = model(tokens)
+    for stream, shown in (Terminal(), True), (io.StringIO(), False):
+        monkeypatch.setattr("sys.stderr", stream)
+        with show.layer_bar(model, "reading"):
+            assert torch.equal(model(tokens), logits)
+        assert ("reading: " in stream.getvalue()) == shown
+    assert not any(layer.attention._forward_hooks for layer in model.layers)
+
+
+def test_what_is_drawn_is_not_timed(model, monkeypatch):
+    """The clock of a generation stands still while the screen is drawn."""
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def policy(layers, x, step):
+        clock[0] += 1
+        return dense(layers, x, step)
+
+    def draw():
+        clock[0] += 100
+
+    generation = Generation("dense", policy, model, Bytes(), [random_ids(5)], parse_args(["x"]))
+    assert show.write([generation], nullcontext(draw), range(4)) and generation.times == [1, 1, 1, 1]
