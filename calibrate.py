@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 import common
-from load_weights import load_model, load_tokenizer, read_checkpoint
+from generate import load
+from load_weights import read_checkpoint
 from measuring import (
     bring_to,
     measure,
@@ -158,7 +159,8 @@ def find_ratios(cosines, policy, ratio_of):
         return shift, replay(cosines, policy.shifted(shift))
 
     pairs = []
-    for wanted in 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8:
+    shares = 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8
+    for wanted in common.progress(shares, "other shares"):
         if at(-0.9)[1] >= wanted >= at(0.9)[1]:
             shift = round(bring_to(at, -0.9, 0.9, wanted, tolerance=0.0005, tries=30)[0], 6)
             pairs.append([shift, round(ratio_of(policy.shifted(shift)), 4)])
@@ -283,7 +285,7 @@ def main(argv=None):
         if n_layers != cosines.size(1):
             raise ValueError(f"{options.cosines}: {cosines.size(1)} columns, and {name} has {n_layers} layers")
     else:
-        tokenizer, model = load_tokenizer(ckpt), load_model(ckpt, common.find_device(options.device), options.dtype)
+        tokenizer, model = load(ckpt, common.find_device(options.device), options.dtype)
         print(f"[{name}: gathering text]", file=sys.stderr)
         windows, held_out, corpus = gather_windows(model, tokenizer, options)
         cosines = measure(model, windows, options.warm_up_index).cpu()

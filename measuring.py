@@ -105,7 +105,8 @@ def text_windows(tokenizer, text, n_tokens, size=512):
 
 def written_windows(model, prompts, n_new, seed, temperature=1.0, eos_ids=()):
     """Windows (ids, prompt_len) of prompts, lists of ids, each with up to n_new tokens that the model draws for it."""
-    steps, windows = list(generate(model, prompts, n_new, temperature=temperature, seed=seed, eos_ids=eos_ids)), []
+    loop, windows = generate(model, prompts, n_new, temperature=temperature, seed=seed, eos_ids=eos_ids), []
+    steps = [step for step, _ in zip(loop, progress(range(n_new), "writing"))]
     for row, prompt in enumerate(prompts):
         written = [step[row] for step in steps if step[row] is not None]
         windows.append((prompt + written, len(prompt)))

@@ -278,8 +278,7 @@ def calibrated(request, tmp_path, monkeypatch):
     """What main() does with an eight-layer model: its settings file, the model, and the windows it worked on."""
     model, worked_on = tiny_model(request.param, n_layers=8, vocab_size=128, max_seq_len=256), {}
     monkeypatch.setattr(common, "find_checkpoint", lambda ckpt: tmp_path / "tiny.gguf")
-    monkeypatch.setattr(calibrate, "load_model", lambda *_: model)
-    monkeypatch.setattr(calibrate, "load_tokenizer", lambda *_: Bytes())
+    monkeypatch.setattr(calibrate, "load", lambda *_: (Bytes(), model))
     for name in "measure", "quality", "skip_ratio":
 
         def keep(model, *args, name=name, real=getattr(calibrate, name), **kwargs):
