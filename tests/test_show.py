@@ -81,7 +81,7 @@ def test_on_a_terminal_both_texts_are_live_columns_after_a_bar(capsys):
     bar, *tables = shown.split("┏")
     assert "loading: " in bar and "weights: " in bar and len(tables) > 1  # drawn before the end, too
     last = re.sub(r"\x1b\[[\d;]*m", "", tables[-1])
-    assert len(last.split("\r\n")[0]) == 79  # and its corner: the whole width
+    assert len(last.split("\r\n")[0]) == 78  # and its left corner: two columns alike
     assert re.search(r"dense +┃ ffnskip", last) and len(re.findall(r"[\d.]+ tokens/s, [\d.]+% skipped", last)) == 2
     assert "[ffnskip: 30 tokens; " in last and "[first difference: " in last
     assert main(["--ckpt", CKPT, *args]) == 0
