@@ -45,7 +45,6 @@ MARK = r"(\d+(?:\.\d+)?)(?: ?/ ?10)?"
 RATINGS = re.compile(rf"^\W*Ratings: *{MARK}[ ,;]+{MARK}\W*$", re.IGNORECASE | re.MULTILINE)
 
 
-
 def parse_ratings(reply):
     """(A's, B's) of the last line with ratings, or None if no line holds two numbers from 0 to 10."""
     found = [(float(a), float(b)) for a, b in RATINGS.findall(reply.replace("*", ""))]
