@@ -39,6 +39,17 @@ from measuring import (
 )
 from one_row import linear
 
+REQUESTS = [  # with a sentence of the text, what the model is asked for chat to fit on
+    "{}",
+    "Explain this to a beginner: {}",
+    "Write a short story that begins with this sentence: {}",
+    "What questions does this raise, and how would you answer them? {}",
+    "Write an email about this: {}",
+    "Is this true? Give your reasons step by step. {}",
+    "Rewrite this as a list of points, and add what is missing: {}",
+    "Imagine you were there. {} What would you do?",
+]
+
 
 class StandIns:
     """
@@ -115,16 +126,15 @@ def cap(model, skip):
     return math.ceil(1.5 * skip * model.args.n_layers)
 
 
-def at_ratio(model, parts, skip, most, windows, warm_up_index=WARM_UP_INDEX):
-    """The StandIns whose budget skips the share `skip` of the blocks of windows."""
-
+def at_ratio(model, parts, skip, most, windows, warm_up_index=WARM_UP_INDEX, low=-3.0, high=12.0):
+    """The StandIns whose budget skips the share `skip` of the blocks of windows: e^-shift nats, from low to high."""
     nat = StandIns(parts, 0.0, most, warm_up_index)
 
     def at(shift):
         policy = nat.shifted(shift)
         return policy, skip_ratio(model, policy, windows)
 
-    return bring_to(at, -3.0, 12.0, skip)[0]
+    return bring_to(at, low, high, skip)[0]
 
 
 def load(path, model):
@@ -154,13 +164,14 @@ def fingerprint(model):
 
 
 def chat_windows(model, tokenizer, text, n, n_new=192):
-    """n windows (ids, prompt_len): sentences of the text as a user's message, and the model's greedy answers."""
+    """n windows (ids, prompt_len): REQUESTS about sentences of the text, and the model's greedy answers."""
     sentences = [re.split(r"(?<=[.!?])\s", line.strip())[0] for line in text.split("\n")]
     sentences = [sentence for sentence in sentences if 20 < len(sentence) < 200]
     windows, prompts, batch = [], [], 16
-    for sentence in sentences[:: max(1, len(sentences) // n)][:n]:
+    for i, sentence in enumerate(sentences[:: max(1, len(sentences) // n)][:n]):
         try:
-            prompts.append(tokenizer.chat([dict(role="user", content=sentence)]))
+            message = REQUESTS[i % len(REQUESTS)].format(sentence)
+            prompts.append(tokenizer.chat([dict(role="user", content=message)]))
         except ValueError:  # no chat template: a model that goes on writing
             prompts.append(tokenizer.encode(sentence))
     for start in common.progress(range(0, len(prompts), batch), "writing chat"):
@@ -169,14 +180,14 @@ def chat_windows(model, tokenizer, text, n, n_new=192):
 
 
 def gather(model, tokenizer, options):
-    """(windows to fit on, text held out, chat held out): the last eighth of each file, and of the chat, is held out."""
-    windows, text_held, chat_held = [], [], []
+    """(windows to fit on, text held out, chat held out): of each file the last eighth, and the last chats."""
+    windows, text_held, chat_held, n_held = [], [], [], len(REQUESTS)
     for file in options.text:
         text = read_text([file])
         found = text_windows(tokenizer, text, options.tokens // len(options.text), min(512, model.args.max_seq_len))
-        chat = chat_windows(model, tokenizer, text, max(8, options.tokens // len(options.text) // 256))
-        for some, held in (found, text_held), (chat, chat_held):
-            n = max(1, len(some) // 8)
+        n_chats = max(8, options.tokens // len(options.text) // 256)  # of about 128 tokens: half as many as of text
+        chat = chat_windows(model, tokenizer, text, n_chats + n_held)
+        for some, held, n in (found, text_held, max(1, len(found) // 8)), (chat, chat_held, n_held):
             windows += some[:-n]
             held += some[-n:]
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed)).tolist()
@@ -206,12 +217,13 @@ def main(argv=None):
         raise ValueError(f"--rank {options.rank} is more than the model's width {model.args.dim}")
     windows, text_held, chat_held = gather(model, tokenizer, options)
     parts = fit_twice(model, windows, options.rank, options.seed)
-    budgets = []
-    for skip in 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4:
-        policy = at_ratio(model, parts, skip, cap(model, skip), chat_held)
-        budgets.append([skip, policy.log_budget])
+    budgets, search = [], {}
+    for skip in common.progress([0.05, 0.1, 0.15, 0.2, 0.25, 0.3], "budgets"):
+        log_budget = at_ratio(model, parts, skip, cap(model, skip), chat_held, **search).log_budget
+        search = dict(low=-log_budget - 1, high=-log_budget)  # for the next one, which is larger
+        budgets.append([skip, log_budget])
     reference, measured = {}, {}
-    tried = {"dense": -math.inf, "budget of 15 % of chat": budgets[3][1], "budget of 25 % of chat": budgets[5][1]}
+    tried = {"dense": -math.inf, "budget of 15 % of chat": budgets[2][1], "budget of 25 % of chat": budgets[4][1]}
     for name, log_budget in tried.items():
         policy = StandIns(parts, log_budget, model.args.n_layers)
         measured[name] = quality(model, text_held, policy, reference)
