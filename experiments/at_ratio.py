@@ -54,6 +54,8 @@ def at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, opti
         own = dict(target_len=calibration.target_len)
     if name == "static":
         own = {key: settings[key] for key in ("cold_s", "cold_e") if key in settings}
+    if name == "standins" and options.task in ("mtbench", "summarize", "collapse", "worstcase"):
+        return factory(model, skip, warm_up_index, **own), skip  # as planned for text that the model writes itself
     make = partial(factory, model, tokens=calibration.tokens, seed=seed, **own)
 
     def at(negative):  # of the share to ask for, since bring_to wants a ratio that falls

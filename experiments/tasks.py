@@ -12,6 +12,7 @@ from os.path import commonprefix
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from baselines import attended_missing, written_text
 from readers import (
     CLASSES,
@@ -27,7 +28,7 @@ from table import add_record, columns, read_records
 
 from common import first_difference, progress
 from generate import check_finite, generate, sample
-from measuring import compare_with_dense, cut
+from measuring import as_tokens, compare_with_dense, cut
 from model import KVCache, dense
 from skip import Trace
 from tracing import saved_blocks
@@ -347,6 +348,7 @@ def collapse(model, tokenizer, policy, records, context):
     loops = [longest_loop(text) for text in ids]
     scores = dict(looping=[int(loop >= 32) for loop in loops], longest_loop=loops)
     scores |= {f"distinct_{n}": [distinct_n(text, n) for text in ids] for n in (1, 2, 4)}
+    scores["dense_nll"] = [mean_nll(model, *text) for text in zip(prompts, ids)]
     scores["parts_from_dense"] = [first_difference(a, b.ids) for a, b in zip(ids, context.reference["texts"])]
     return dict(
         **means(context, **scores),
@@ -355,6 +357,15 @@ def collapse(model, tokenizer, policy, records, context):
         **ratios([text.counts for text in texts]),
         example=tokenizer.decode(ids[0]),
     )
+
+
+def mean_nll(model, prompt, ids):
+    """Of the ids after the prompt, lists, under the dense model, in nats per token: how likely it finds the text."""
+    if not ids:
+        return 0.0
+    tokens = as_tokens(model, (prompt + ids)[-model.args.max_seq_len :])
+    logits = model(tokens)[0, -len(ids) - 1 : -1]  # (len(ids), vocab)
+    return F.cross_entropy(logits, tokens[0, -len(ids) :]).item()
 
 
 def worstcase(model, tokenizer, policy, records, context):

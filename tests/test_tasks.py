@@ -331,6 +331,9 @@ def test_collapse_by_hand(model):
     assert result["longest_loop"] == tasks.longest_loop(texts[1])
     assert result["looping"] == (tasks.longest_loop(texts[1]) >= 32)
     assert result["distinct_2"] == tasks.distinct_n(texts[1], 2) and result["tokens"] == 60
+    log_probs = model(torch.tensor([prompt + texts[1]]))[0].log_softmax(-1)
+    chosen = [log_probs[len(prompt) - 1 + i, token].item() for i, token in enumerate(texts[1])]
+    assert result["dense_nll"] == pytest.approx(-sum(chosen) / 60, abs=1e-4)
     assert tasks.collapse(model, Bytes(), dense, [dict(text=STORY)], context)["parts_from_dense"] == 60
 
 
