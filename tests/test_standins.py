@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 from test_golden import GOLDEN
 from tiny import close, mistake, new_cache, run, tiny_model
 
+import common
 import generate
+import measuring
+from load_weights import load_model
 from skip import Trace
 
 
@@ -213,3 +216,17 @@ def test_a_map_that_replaces_layers_is_exact_where_they_are_linear():
     assert policy.start == 1
     assert close(model(tokens, policy=policy, trace=trace), model(tokens))
     assert trace.ffn_skip_ratio(2) == 0.5 and trace.ran[:, :, :3].all()
+
+
+def test_the_shipped_fit_does_what_it_says_of_itself(demo):
+    """On the text and the chat that it was not fitted on, of which it holds the ids."""
+    model, file = load_model(demo), common.HERE / "config" / "smollm2-135m-instruct.standins.safetensors"
+    parts, about = standins.load(file, model)
+    reference = {}
+    for expected, budget in zip(about["quality"], [-math.inf, dict(about["budgets"])[0.15]]):
+        policy = standins.StandIns(parts, budget, model.args.n_layers)
+        found = measuring.quality(model, about["text_held"], policy, reference)
+        assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=0.01)
+        assert found["ffn_skip_ratio"] == pytest.approx(expected["ffn_skip_ratio"], abs=0.005)
+    policy = standins.make(model, 0.15, fitted=file)
+    assert measuring.skip_ratio(model, policy, about["chat_held"]) == pytest.approx(0.15, abs=0.01)
