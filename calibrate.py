@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 import common
+import parallel
 from generate import load
 from load_weights import read_checkpoint
 from measuring import (
@@ -313,12 +314,14 @@ def main(argv=None):
     policy, measured = found.pop(chosen)
     predicted, achieved = replay(cosines, policy), measured and measured["ffn_skip_ratio"]
     curve = cosines.mean(0).tolist()
+    settings = dict(model=name, n_layers=len(curve), **asdict(policy))
+    settings |= dict(ratios=find_ratios(cosines, policy, ratio_of), target_skip=options.skip, predicted_skip=predicted)
+    if parallel.rank > 0:
+        return  # the first process writes what they have measured together
     if options.save_cosines:
         with open(options.save_cosines, "w", newline="") as file:
             for row in cosines.tolist():
                 file.write(",".join(f"{value:.5f}" for value in row) + "\n")
-    settings = dict(model=name, n_layers=len(curve), **asdict(policy))
-    settings |= dict(ratios=find_ratios(cosines, policy, ratio_of), target_skip=options.skip, predicted_skip=predicted)
     settings |= dict(achieved_skip=achieved, chosen=chosen, quality=measured)
     settings |= dict(over={other: result for other, (_, result) in found.items()})
     settings |= dict(corpus=corpus, tokens=len(cosines), seed=options.seed)
@@ -331,4 +334,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run_command(main)
+    common.run_command(main, torchrun=True)

@@ -20,6 +20,7 @@ import numpy
 import torch
 
 from model import dense
+from processes import together
 from skip import FFNSkip
 
 HERE = Path(__file__).resolve().parent
@@ -36,13 +37,17 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def run_command(main):
-    """Exit with main()'s status; a mistake of the user's is one line on standard error, without a traceback."""
+def run_command(main, torchrun=False):
+    """
+    Exit with main()'s status; a mistake of the user's is one line on standard error, without a traceback. torchrun:
+    whether main() may run in several processes, which all do the same up to their share of the model.
+    """
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal or file that cannot show a character gets a ? for it
     try:
-        sys.exit(main())
+        with together(allowed=torchrun):
+            sys.exit(main())
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

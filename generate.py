@@ -16,8 +16,10 @@ from dataclasses import asdict
 import torch
 
 import common
+import parallel
 from load_weights import load_model, load_tokenizer
 from model import KVCache, dense
+from processes import from_first
 from show import TextStream, comparison_summary, layer_bar, print_texts, screen, summary, write, write_trace
 from skip import Trace
 from trace_page import write_page
@@ -269,7 +271,7 @@ def read_prompts(options):
     prompts = []
     for number, prompt in enumerate(options.prompt, start=1):
         try:
-            text = sys.stdin.read().removesuffix("\n").removeprefix("\ufeff") if prompt == "-" else prompt
+            text = from_first(sys.stdin.read).removesuffix("\n").removeprefix("\ufeff") if prompt == "-" else prompt
             prompts.append(text.encode("utf-8", "surrogateescape").decode("utf-8"))
         except UnicodeError:
             raise ValueError(f"prompt {number}, {prompt!r}: not UTF-8 text") from None
@@ -342,6 +344,8 @@ def main(argv=None):
         finished = write(generations, screen(generations), steps)
     else:
         finished = write(generations, nullcontext(lambda: None), common.progress(steps, "writing"))
+    if parallel.rank > 0:
+        return 0  # the first process tells what they have done together
     reports = [generation.report() for generation in generations]
     extra = comparison(generations, reports, model) if options.compare else {}
     if options.trace and options.trace.endswith((".html", ".htm")):
@@ -366,4 +370,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run_command(main)
+    common.run_command(main, torchrun=True)

@@ -13,6 +13,7 @@ import torch
 
 from common import LoadError, first_line, import_optional, is_gguf
 from model import ModelArgs
+from parallel import share
 
 ADVICE = "transformers or llama.cpp may run it"  # what model.py does not compute
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # kinds of token, alike in sentencepiece and GGUF
@@ -143,14 +144,15 @@ def read_gguf(path):
     def read(name, dtype):
         """Dequantised by blocks of rows, so that little of it is in float32 at a time."""
         tensor = tensors[name]
-        out = torch.empty(tensor.shape.tolist()[::-1], dtype=dtype or torch.bfloat16)  # GGUF names the last size first
-        rows = out.view(-1, out.size(-1))  # a norm: (576,) -> (1, 576)
-        stored = tensor.data.reshape(len(rows), -1)  # in Q4_1 (576, 360) bytes are a matrix (576, 576)
-        n = max(1, 2**22 // out.size(-1))  # rows that are 16 MB in float32
+        *n_rows, columns = tensor.shape.tolist()[::-1]  # GGUF names the last size first; a norm has no rows
+        stored = tensor.data.reshape(*n_rows or [1], -1)  # in Q4_1 (576, 360) bytes are a matrix (576, 576)
+        stored, wanted = stored[share(name, len(stored), 0)], share(name, columns, 1)
+        rows = torch.empty(len(stored), wanted.stop - wanted.start, dtype=dtype or torch.bfloat16)
+        n = max(1, 2**22 // columns)  # rows that are 16 MB in float32
         for start in range(0, len(rows), n):
             block = gguf.quants.dequantize(stored[start : start + n], tensor.tensor_type)
-            rows[start : start + n] = torch.from_numpy(block)
-        return out
+            rows[start : start + n] = torch.from_numpy(block)[:, wanted]
+        return rows if n_rows else rows[0]
 
     return args, tensors.keys(), read
 

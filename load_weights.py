@@ -42,6 +42,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import common
+import parallel
 from common import LoadError
 from gguf_file import ADVICE, file_kind, load_errors, locate, read_gguf, weight_files
 from model import ModelArgs, Transformer
@@ -55,7 +56,7 @@ def load_model(path, device="cpu", dtype=None):
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     args, names, read = read_checkpoint(path)
-    model = empty_model(args)
+    model = parallel.connect(empty_model(parallel.local(args)))
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     weights = {}
     for name, shape in common.progress(expected.items(), "weights"):
@@ -248,9 +249,8 @@ def read_meta(config, files, shards):
             if name not in shard:
                 raise LoadError(f"{file}: tensor {name} is missing, and a file beside it has it")
         parts = [shard[name] for shard in shards]
-        if len(parts) == 1 or parts[0].dim() == 1:  # each shard has all of a norm
-            return parts[0]
-        return torch.cat(parts, split_dim(name, shards[0], args))  # 2 x (4096, 5504) -> (4096, 11008)
+        parts = parts[:1] if parts[0].dim() == 1 else parts  # each shard has all of a norm
+        return parallel.part(name, parts, split_dim(name, shards[0], args))  # 2 x (4096, 5504) -> (4096, 11008)
 
     return args, set().union(*shards), read
 
@@ -259,7 +259,7 @@ def split_dim(name, shard, args):
     """The dimension in which Meta's model-parallel shards split a matrix; shard: {name: tensor} of one of them."""
     if name == "tok_embeddings.weight" and shard[name].size(1) < args.dim:
         return 1  # LLaMA-2 splits the embedding, (32000, 4096) -> (32000, 2048); LLaMA-3 splits the vocabulary
-    return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+    return parallel.split_dim(name) or 0
 
 
 HUGGING_FACE = {
@@ -298,9 +298,10 @@ def read_hugging_face(config, files, shards):
 
     def read(name, dtype):
         n_heads = heads.get(re.sub(r"layers\.\d+\.", "", name))
+        tensor = parallel.part(name, [tensors[name]], parallel.split_dim(name))
         if n_heads is None:
-            return tensors[name]
-        view = interleave(tensors[name], n_heads)
+            return tensor
+        view = interleave(tensor, n_heads // parallel.size)
         copy = torch.empty(view.shape, dtype=dtype or view.dtype).copy_(view)  # permuted and converted at once
         return copy.flatten(0, 2)  # (9, 32, 2, 576) -> (576, 576)
 

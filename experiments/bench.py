@@ -30,6 +30,7 @@ columns:
   of llama.cpp, of transformers  decode by the peer's, where it ran
   FLOPs saved      per token, as in Table 4: 2 for each weight of the feed-forward blocks left out
   memory           peak of the process (CUDA: of its tensors) before any peer is loaded
+Under torchrun bytes, GB/s and memory are those of the first process, and FLOPs of all together.
 """
 
 import csv
@@ -53,6 +54,7 @@ from peers import make_peers
 from standins import StandIns
 
 import common
+import parallel
 from generate import peak_memory
 from load_weights import load_model
 from model import SIZES, KVCache, ModelArgs, Transformer
@@ -167,7 +169,7 @@ def random_model(options, device):
     args = ModelArgs(**SIZES[options.shape])
     args.n_layers = options.layers or args.n_layers
     with torch.device("meta"):
-        model = Transformer(args).to(getattr(torch, options.dtype or "bfloat16"))
+        model = parallel.connect(Transformer(parallel.local(args))).to(getattr(torch, options.dtype or "bfloat16"))
     model = model.to_empty(device=device).eval().requires_grad_(False)
     for weight in model.parameters():
         weight.fill_(1)  # norms
@@ -255,7 +257,7 @@ def make_row(runner, base, bandwidth, start, end, options):
         gb_per_s=needed / seconds / 1e9, share_of_read=needed / seconds / bandwidth,
         speedup=base_seconds / seconds, speedup_bound=bound,
         share_of_saving=(base_seconds - seconds) / possible if possible else None,
-        gflops_saved=flops_saved(base.model.args, skipped) / 1e9,
+        gflops_saved=parallel.size * flops_saved(base.model.args, skipped) / 1e9,
     )
 
 
@@ -382,6 +384,8 @@ def parse_args(argv):
             parser.error(f"no variant {variant}: choose from {', '.join(VARIANTS)}")
     if options.ckpt and options.shape:
         parser.error("--ckpt and --shape exclude each other")
+    if options.peers and parallel.size > 1:
+        parser.error("--peers run in one process")
     if options.layers and not options.shape:
         parser.error("--layers goes with --shape")
     if options.context and options.context <= options.prompt:
@@ -393,6 +397,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     options = parse_args(argv)
     torch.manual_seed(options.seed)
+    random.seed(options.seed)  # under torchrun all processes take turns in one order
     torch.set_num_threads(options.threads or torch.get_num_threads())
     device = common.find_device("cpu" if options.products else options.device)
     if options.shape:
@@ -400,6 +405,8 @@ def main(argv=None):
     else:
         ckpt = common.find_checkpoint(options.ckpt)
         model, name = load_model(ckpt, device, options.dtype), common.model_name(ckpt)
+    if parallel.size > 1:
+        name += f", {parallel.size} processes"
     if options.products:
         return time_products(model)
     check_out(options.out)
@@ -422,6 +429,8 @@ def main(argv=None):
         repeats = options.repeats or (1 if options.context else 5)
         bandwidth = measure(variants, peers, prompt, tokens, repeats, big)
 
+    if parallel.rank > 0:
+        return  # the first process tells its own times and bytes
     rows = []
     for runner in [*variants, *peers]:
         for start, end in zip([options.prompt, *ends], ends):
@@ -446,4 +455,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run_command(main)
+    common.run_command(main, torchrun=True)

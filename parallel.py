@@ -1,0 +1,70 @@
+"""
+Several processes for a model that fits no single device: `torchrun --nproc-per-node 8 generate.py --ckpt llama-2-70b`.
+
+Tensor parallel (Megatron-LM, https://arxiv.org/abs/1909.08053): a process has its share of the heads, their part of the
+cache, and of hidden_dim; norms, embedding and head it has whole. So its model is a Transformer of smaller sizes, and a
+hook sums its blocks' outputs over the processes. A block that is skipped sends nothing, and no policy need know.
+
+No two decide differently: an all-reduce makes each sum once and sends its bits to all, so that residual stream,
+cosines, logits and draws come from equal bits by equal steps. processes.py refuses those that may round differently.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+rank, size = 0, 1  # this process among how many; processes.py sets them
+
+
+def local(args):
+    """The ModelArgs of one process's share. Raises ValueError if it is none of whole heads."""
+    most = math.gcd(args.n_heads, args.n_kv_heads, args.hidden_dim)
+    if most % size:
+        sizes = f"n_heads {args.n_heads}, n_kv_heads {args.n_kv_heads} and hidden_dim {args.hidden_dim}"
+        raise ValueError(f"{size} processes do not divide {sizes}: --nproc-per-node must, as {most} does")
+    n_heads, n_kv_heads, hidden_dim = args.n_heads // size, args.n_kv_heads // size, args.hidden_dim // size
+    return replace(args, n_heads=n_heads, n_kv_heads=n_kv_heads, hidden_dim=hidden_dim)  # head_dim stays
+
+
+def connect(model):
+    """Let the blocks of a Transformer with local sizes add up over the processes. Returns the model."""
+    if size > 1:
+        for layer in model.layers:
+            layer.attention.register_forward_hook(add_up)
+            layer.feed_forward.register_forward_hook(add_up)
+    return model
+
+
+def add_up(module, inputs, out):
+    """A forward hook: out, (..., dim), becomes its sum over the processes. Raises ValueError if one has ended."""
+    try:
+        dist.all_reduce(out)
+    except RuntimeError as error:
+        raise ValueError(f"another of the {size} processes has ended: {str(error).splitlines()[0]}") from None
+
+
+def split_dim(name):
+    """The dimension in which the matrix of that name is divided, as in Meta's shards; None: each has all of it."""
+    if not name.startswith("layers.") or name.endswith("norm.weight"):
+        return None
+    return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+
+
+def share(name, n, dim):
+    """The slice of n rows (dim 0) or columns (dim 1) of the matrix `name` that this process has."""
+    return slice(n * rank // size, n * (rank + 1) // size) if dim == split_dim(name) else slice(0, n)
+
+
+def part(name, tensors, dim):
+    """This process's share of the matrix that `tensors` are, put together in dim; no other bytes of them are read."""
+    if size > 1 and split_dim(name) is not None:
+        n = tensors[0].size(dim)
+        wanted, pieces = share(name, n * len(tensors), dim), []
+        for i, tensor in enumerate(tensors):
+            start, stop = max(wanted.start - i * n, 0), min(wanted.stop - i * n, n)
+            if start < stop:
+                pieces.append(tensor.narrow(dim, start, stop - start).contiguous())  # a copy only of columns
+        tensors = pieces
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)

@@ -1,0 +1,89 @@
+"""The processes that torchrun starts, from their meeting to their end. What they compute together is in parallel.py."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+import parallel
+
+FOREVER = timedelta(days=365)  # processes may wait for the first one, which may wait for its user
+
+
+@contextlib.contextmanager
+def together(allowed):
+    """
+    Around a program: join the processes that torchrun has started, if there are several. Only the first one prints and
+    is interrupted, except that of those that fail the first to do so says why; and where one fails, all end. Raises
+    ValueError if the program is not `allowed` to run so, or if the processes may round differently.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    join()
+    store = new_store()
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        if not allowed:
+            raise ValueError("this program runs in one process: start it with python, not with torchrun")
+        check_alike()
+        yield
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            dist.barrier()
+            dist.destroy_process_group()
+            raise
+        with contextlib.suppress(RuntimeError):  # nobody is left to be told
+            if isinstance(error, Exception):
+                sys.stderr = sys.__stderr__ if store.add("failed", 1) == 1 else open(os.devnull, "w")
+            store.set("ended", "")
+        raise
+
+
+def join():
+    """Meet the other processes; a GPU becomes this one's."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=FOREVER)
+    parallel.rank, parallel.size = dist.get_rank(), dist.get_world_size()
+    if parallel.rank:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def new_store():
+    """The dictionary that all processes see. A thread that waits for a key needs one of its own."""
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+
+
+def watch():
+    """End this process, even inside an all-reduce, a second after another has failed: it would wait for ever."""
+    with contextlib.suppress(RuntimeError):  # the store is gone, and so is the process that had it
+        new_store().wait(["ended"], FOREVER)
+    time.sleep(1)  # in which whoever failed says why
+    if dist.is_initialized():
+        os._exit(1)
+
+
+def check_alike():
+    """Raise ValueError if two processes may round differently."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    kinds = [None] * parallel.size
+    dist.all_gather_object(kinds, f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    if len(set(kinds)) > 1:
+        raise ValueError(f"the processes differ, and may decide differently: {'; '.join(sorted(set(kinds)))}")
+
+
+def from_first(function):
+    """What function() returns in the first process, in every one."""
+    values = [function() if parallel.rank == 0 else None]
+    if parallel.size > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
