@@ -42,7 +42,8 @@ def add_up(module, inputs, out):
     try:
         dist.all_reduce(out)
     except RuntimeError as error:
-        raise ValueError(f"another of the {size} processes has ended: {str(error).splitlines()[0]}") from None
+        why = str(error).split("\n")[0].split(". ")[0]
+        raise ValueError(f"another of the {size} processes has ended, or cannot be reached: {why}") from None
 
 
 def split_dim(name):

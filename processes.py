@@ -1,5 +1,6 @@
 """The processes that torchrun starts, from their meeting to their end. What they compute together is in parallel.py."""
 
+import atexit
 import contextlib
 import os
 import signal
@@ -39,10 +40,9 @@ def together(allowed):
             dist.barrier()
             dist.destroy_process_group()
             raise
-        with contextlib.suppress(RuntimeError):  # nobody is left to be told
-            if isinstance(error, Exception):
-                sys.stderr = sys.__stderr__ if store.add("failed", 1) == 1 else open(os.devnull, "w")
-            store.set("ended", "")
+        with contextlib.suppress(RuntimeError):  # nobody is left to be asked
+            sys.stderr = sys.__stderr__ if store.add("failed", 1) == 1 else open(os.devnull, "w")
+        atexit.register(end, store)
         raise
 
 
@@ -64,12 +64,21 @@ def new_store():
 
 
 def watch():
-    """End this process, even inside an all-reduce, a second after another has failed: it would wait for ever."""
+    """End this process, a second after another has failed, even inside an all-reduce, where it would wait for ever."""
     with contextlib.suppress(RuntimeError):  # the store is gone, and so is the process that had it
         new_store().wait(["ended"], FOREVER)
-    time.sleep(1)  # in which whoever failed says why
+    time.sleep(1)  # for a line of its own about the same mistake
     if dist.is_initialized():
         os._exit(1)
+
+
+def end(store):
+    """The last that a process does after it has failed: end the others, and not wait for them in a destructor."""
+    with contextlib.suppress(RuntimeError):
+        store.set("ended", "")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def check_alike():
