@@ -5,8 +5,9 @@ Tensor parallel (Megatron-LM, https://arxiv.org/abs/1909.08053): a process has i
 cache, and of hidden_dim; norms, embedding and head it has whole. So its model is a Transformer of smaller sizes, and a
 hook sums its blocks' outputs over the processes. A block that is skipped sends nothing, and no policy need know.
 
-No two decide differently: an all-reduce makes each sum once and sends its bits to all, so that residual stream,
-cosines, logits and draws come from equal bits by equal steps. processes.py refuses those that may round differently.
+No two decide differently, though nothing is agreed on: an all-reduce, by gloo or by NCCL's rings and trees, makes each
+sum once and sends its bits to all. So residual stream, cosines, logits and draws come from equal bits by equal steps,
+and processes.py refuses processes that may round differently.
 """
 
 import math
@@ -38,12 +39,12 @@ def connect(model):
 
 
 def add_up(module, inputs, out):
-    """A forward hook: out, (..., dim), becomes its sum over the processes. Raises ValueError if one has ended."""
+    """A forward hook: out, (..., dim), becomes its sum over the processes. Raises ValueError, as when one has ended."""
     try:
         dist.all_reduce(out)
     except RuntimeError as error:
         why = str(error).split("\n")[0].split(". ")[0]
-        raise ValueError(f"another of the {size} processes has ended, or cannot be reached: {why}") from None
+        raise ValueError(f"adding up over {size} processes failed, as it does when one has ended: {why}") from None
 
 
 def split_dim(name):

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import parallel
+from one_row import way_of_one
 
 FOREVER = timedelta(days=365)  # processes may wait for the first one, which may wait for its user
 
@@ -37,7 +38,7 @@ def together(allowed):
         yield
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
-            dist.barrier()
+            dist.all_reduce(torch.zeros(1))  # wait for the others
             dist.destroy_process_group()
             raise
         with contextlib.suppress(RuntimeError):  # nobody is left to be asked
@@ -50,7 +51,7 @@ def join():
     """Meet the other processes; a GPU becomes this one's."""
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=FOREVER)
     parallel.rank, parallel.size = dist.get_rank(), dist.get_world_size()
     if parallel.rank:
@@ -82,10 +83,15 @@ def end(store):
 
 
 def check_alike():
-    """Raise ValueError if two processes may round differently."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    """Raise ValueError if two processes share a GPU, or may round differently."""
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if 0 < gpus < here:
+        raise ValueError(f"{here} processes and {gpus} GPUs: each needs its own (with CUDA_VISIBLE_DEVICES= none does)")
+    device = torch.cuda.get_device_name() if gpus else torch.backends.cpu.get_cpu_capability()
+    product = way_of_one(torch.bfloat16)  # which is another one on another CPU
     kinds = [None] * parallel.size
-    dist.all_gather_object(kinds, f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    kind = f"{device} ({product}), torch {torch.__version__}, {torch.get_num_threads()} threads"
+    dist.all_gather_object(kinds, kind)
     if len(set(kinds)) > 1:
         raise ValueError(f"the processes differ, and may decide differently: {'; '.join(sorted(set(kinds)))}")
 
