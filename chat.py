@@ -12,6 +12,7 @@ import sys
 from common import describe_error, first_difference, model_name
 from generate import Generation, choose_policy, first_messages
 from model import KVCache
+from processes import from_first
 from show import screen, summary, write
 
 COMMANDS = "/reset begins anew, /policy NAME [R] takes another policy, Ctrl-C stops an answer, Ctrl-D ends"
@@ -98,7 +99,7 @@ def converse(options, ckpt, tokenizer, model):
     note(f"[{model_name(ckpt)}, {name}: {COMMANDS}]")
     while True:
         try:
-            line = read_line()
+            line = from_first(read_line)
         except EOFError:
             print()
             return 0

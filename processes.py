@@ -16,6 +16,7 @@ import parallel
 from one_row import way_of_one
 
 FOREVER = timedelta(days=365)  # processes may wait for the first one, which may wait for its user
+interrupted = threading.Event()
 
 
 @contextlib.contextmanager
@@ -56,7 +57,14 @@ def join():
     parallel.rank, parallel.size = dist.get_rank(), dist.get_world_size()
     if parallel.rank:
         sys.stdout = sys.stderr = open(os.devnull, "w")
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if parallel.rank else interrupt)
+
+
+def interrupt(number, frame):
+    """Ctrl-C ends what the first process is at, once: torchrun sends another, and ends all in any case."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupted.set()
+    raise KeyboardInterrupt
 
 
 def new_store():
@@ -97,8 +105,18 @@ def check_alike():
 
 
 def from_first(function):
-    """What function() returns in the first process, in every one."""
-    values = [function() if parallel.rank == 0 else None]
-    if parallel.size > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
+    """What function() returns or raises in the first process, in every one. Ends the first if it was interrupted."""
+    if parallel.size == 1:
+        return function()
+    if interrupted.is_set():
+        sys.exit(130)
+    result = [None, None]
+    if parallel.rank == 0:
+        try:
+            result[0] = function()
+        except Exception as error:
+            result[1] = error
+    dist.broadcast_object_list(result)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
