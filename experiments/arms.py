@@ -26,9 +26,10 @@ def by_layer(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
     model(calibration_text(model, tokens, seed), policy=watching, trace=trace, last_only=True)
     harm = trace.cosine.flatten(1).nanmean(1)  # (n_layers,), nats
     chosen = harm.argsort()[: round(skip * n_layers)]
-    bias = torch.full_like(parts["bias"], math.inf)
-    bias[chosen] = -math.inf
-    return StandIns(parts | dict(probe=0 * parts["probe"], bias=bias), 0.0, n_layers, warm_up_index)
+    never = dict(probe=[torch.zeros_like(probe) for probe in parts["probe"]], bias=[math.inf] * n_layers)
+    for layer_id in chosen.tolist():
+        never["bias"][layer_id] = -math.inf
+    return StandIns(parts | never, 0.0, n_layers, warm_up_index)
 
 
 def by_cosine(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):

@@ -127,8 +127,8 @@ class PlannedStandIns(StandIns):
 
     def bytes_read(self, ffn_run):
         """Of a step that runs the share ffn_run of the feed-forward blocks: all probes, and the maps of the rest."""
-        maps = sum(self.fitted[name].nbytes for name in ("down", "up", "mean"))
-        return self.fitted["probe"].nbytes + (1 - ffn_run) * maps
+        sizes = {name: sum(part.nbytes for part in self.fitted[name]) for name in ("probe", "down", "up", "mean")}
+        return sizes.pop("probe") + (1 - ffn_run) * sum(sizes.values())
 
 
 class Variant:

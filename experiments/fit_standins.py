@@ -130,6 +130,7 @@ def fit(model, windows, gradient, rank, log_budget=-math.inf):
             prediction = normed @ probe + bias
             skips = prediction < log_budget
             weight = 1 + 4 * skips.float()
+        probe = probe * layer.ffn_norm.weight  # of h by its root mean square instead, so that no norm need run
         for name, value in zip(PARTS, (down, up, mean, probe, bias)):
             fitted[name].append(value)
         predictions.append(prediction)

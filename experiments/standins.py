@@ -37,7 +37,7 @@ from measuring import (
     text_windows,
     written_windows,
 )
-from one_row import linear
+from one_row import is_one_row, linear
 
 REQUESTS = [  # with a sentence of the text, what the model is asked for chat to fit on
     "{}",
@@ -54,7 +54,8 @@ REQUESTS = [  # with a sentence of the text, what the model is asked for chat to
 class StandIns:
     """
     The policy: a token skips the blocks whose predicted harm is below a budget, at most `most` of them. fitted has, per
-    layer, down (r, dim), up (dim, r) and mean (dim,), which stand in, and probe (dim,) and bias, in log nats.
+    layer, down (r, dim), up (dim, r) and mean (dim,), which stand in, and probe (dim,) and a number bias, in log nats.
+    The probe is one of h, divided by its root mean square.
     """
 
     def __init__(self, fitted, log_budget, most, warm_up_index=WARM_UP_INDEX):
@@ -67,32 +68,40 @@ class StandIns:
             h = layer.add_attention(x, step)
             skips = self.decide(h, layer, step, left) if any(left) else left
             left = [n - skip for n, skip in zip(left, skips)]
-            active = None
-            if any(skips):
-                active = ~torch.tensor(skips).view(may_skip.shape)
-            x = self.add_feed_forward(layer, h, step, active)
+            if not any(skips):
+                x = layer.add_feed_forward(h, step)
+            elif all(skips):
+                x = self.stand_in(layer, h)
+            else:
+                x = self.add_feed_forward(layer, h, step, active=~torch.tensor(skips).view(may_skip.shape))
         return x
 
     def decide(self, h, layer, step, left):
         """Per token of h, (batch, seq, dim), as a list: whether it skips this layer's block, since it does no harm."""
-        h = h.float().flatten(0, 1)  # -> (tokens, dim)
-        size = h.square().mean(-1) + layer.ffn_norm.eps
-        probe = self.fitted["probe"][layer.layer_id] * layer.ffn_norm.weight  # of what the norm makes of h
-        harm = (h @ probe * size.rsqrt() + self.fitted["bias"][layer.layer_id]).tolist()  # logarithms of nats
+        probe, bias, eps = self.fitted["probe"][layer.layer_id], self.fitted["bias"][layer.layer_id], layer.ffn_norm.eps
+        if is_one_row(h):  # in fewer operations
+            h = h.float().view(-1)
+            size = torch.dot(h, h).item() / len(h) + eps
+            harm = [torch.dot(h, probe).item() / size**0.5 + bias]
+        else:
+            h = h.float().flatten(0, 1)  # -> (tokens, dim)
+            size = h.square().mean(-1) + eps
+            harm = (h @ probe * size.rsqrt() + bias).tolist()  # logarithms of nats
         if step.trace is not None and step.trace.cosines:
             step.trace.record_cosine(layer.layer_id, [math.exp(value) for value in harm], [n > 0 for n in left])
         return [n > 0 and value < self.log_budget for n, value in zip(left, harm)]
+
+    def stand_in(self, layer, h):
+        """temp, (batch, seq, dim): h and the map of the layer's block."""
+        down, up, mean = (self.fitted[name][layer.layer_id] for name in ("down", "up", "mean"))
+        return h + linear(linear(layer.ffn_norm(h), down), up) + mean
 
     def add_feed_forward(self, layer, h, step, active=None):
         """The layer's own, except that a map stands in for it where not active."""
         temp = layer.add_feed_forward(h, step, active)
         if active is None or active.all():
             return temp
-        down, up, mean = (self.fitted[name][layer.layer_id] for name in ("down", "up", "mean"))
-        stand_in = h + linear(linear(layer.ffn_norm(h), down), up) + mean
-        if not active.any():
-            return stand_in
-        return torch.where(active[..., None].to(h.device), temp, stand_in)  # (batch, seq) -> (batch, seq, 1)
+        return torch.where(active[..., None].to(h.device), temp, self.stand_in(layer, h))  # -> (batch, seq, 1)
 
     def shifted(self, shift):
         """The same with a budget of e^-shift as many nats: it skips less."""
@@ -153,9 +162,14 @@ def load(path, model):
                          f"{model.args.n_layers} of {model.args.dim}")
     if about.get("weights") != fingerprint(model):
         raise ValueError(f"{path}: fitted for other weights, those of {about.get('model')}: fit these anew")
+    return ready(parts, weight.dtype), about
+
+
+def ready(parts, dtype):
+    """The tensors of a fit as StandIns wants them: a list of one tensor per layer each, and the bias as numbers."""
     for name in "down", "up", "mean":
-        parts[name] = parts[name].to(weight.dtype)
-    return parts, about
+        parts[name] = parts[name].to(dtype)
+    return {name: list(parts[name]) for name in PARTS[:-1]} | dict(bias=parts["bias"].tolist())
 
 
 def fingerprint(model):
@@ -216,7 +230,8 @@ def main(argv=None):
     if options.rank > model.args.dim:
         raise ValueError(f"--rank {options.rank} is more than the model's width {model.args.dim}")
     windows, text_held, chat_held = gather(model, tokenizer, options)
-    parts = fit_twice(model, windows, options.rank, options.seed)
+    fitted = fit_twice(model, windows, options.rank, options.seed)
+    parts = ready(fitted, model.tok_embeddings.weight.dtype)
     budgets, search = [], {}
     for skip in common.progress([0.05, 0.1, 0.15, 0.2, 0.25, 0.3], "budgets"):
         log_budget = at_ratio(model, parts, skip, cap(model, skip), chat_held, **search).log_budget
@@ -230,7 +245,7 @@ def main(argv=None):
     about = dict(model=common.model_name(ckpt), weights=fingerprint(model), rank=options.rank, seed=options.seed,
                  budgets=budgets, quality=list(measured.values()), corpus=[Path(file).name for file in options.text],
                  tokens=sum(len(ids) for ids, _ in windows), text_held=text_held, chat_held=chat_held)
-    save_file({name: value.contiguous().cpu() for name, value in parts.items()}, out,
+    save_file({name: value.contiguous().cpu() for name, value in fitted.items()}, out,
               {name: common.to_json(value) for name, value in about.items()})
     print(*quality_table(measured), f"written to {out}", sep="\n")
 

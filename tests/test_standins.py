@@ -37,7 +37,7 @@ def write_fit(path, model, fitted, budgets):
 
 
 def make_policy(model, log_budget=0.0, most=100):
-    return standins.StandIns(random_fit(model), log_budget, most, warm_up_index=2)
+    return standins.StandIns(standins.ready(random_fit(model), torch.float32), log_budget, most, warm_up_index=2)
 
 
 def text(model, batch=2, seq=20):
@@ -190,7 +190,7 @@ def test_other_decisions_have_the_same_stand_ins(factory, tmp_path):
     policy, trace = factory(model, 0.25, 2, tokens, fitted=file), Trace()
     out = model(tokens, policy=policy, trace=trace)
     assert 0.1 < trace.ffn_skip_ratio(2) < 0.7
-    stand_ins = standins.StandIns(fitted, 0.0, 0)
+    stand_ins = standins.StandIns(standins.ready(fitted, torch.float32), 0.0, 0)
 
     def by_hand(layers, x, step):
         for layer in layers:
