@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = str(HERE), str(HERE.parent)  # common.py opens this file by its path
 
 from fit_standins import PARTS, WARM_UP_INDEX, fit_twice
 
