@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from baselines import calibration_text, run_active, similarity, warm_up
 from fit_standins import fit_ridge
-from standins import StandIns, load
+from standins import StandIns, load, make
 
 from calibrate import cold_regions, plan, skip_per_layer
 from measuring import as_windows, measure
@@ -30,6 +30,14 @@ def by_layer(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
     for layer_id in chosen.tolist():
         never["bias"][layer_id] = -math.inf
     return StandIns(parts | never, 0.0, n_layers, warm_up_index)
+
+
+def without(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
+    """The same probe decides, and nothing stands in for a block."""
+    policy = make(model, skip, warm_up_index, calibration_text(model, tokens, seed), seed, fitted)
+    for name in "down", "up", "mean":
+        policy.fitted[name] = [torch.zeros_like(part) for part in policy.fitted[name]]
+    return policy
 
 
 def by_cosine(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
