@@ -24,12 +24,10 @@ def by_layer(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
     n_layers, warm_up_index = model.args.n_layers, warm_up(warm_up_index)
     watching, trace = StandIns(parts, -math.inf, n_layers, warm_up_index), Trace(cosines=True)
     model(calibration_text(model, tokens, seed), policy=watching, trace=trace, last_only=True)
-    harm = trace.cosine.flatten(1).nanmean(1)  # (n_layers,), nats
-    chosen = harm.argsort()[: round(skip * n_layers)]
-    never = dict(probe=[torch.zeros_like(probe) for probe in parts["probe"]], bias=[math.inf] * n_layers)
-    for layer_id in chosen.tolist():
-        never["bias"][layer_id] = -math.inf
-    return StandIns(parts | never, 0.0, n_layers, warm_up_index)
+    harm = trace.cosine.flatten(1).nanmean(1).log()  # (n_layers,), logarithms of nats
+    fixed = dict(probe=[torch.zeros_like(probe) for probe in parts["probe"]], bias=harm.tolist())
+    budget = harm.sort().values[round(skip * n_layers)].item()
+    return StandIns(parts | fixed, budget, n_layers, warm_up_index)
 
 
 def without(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
