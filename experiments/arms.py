@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from baselines import calibration_text, run_active, similarity, warm_up
 from fit_standins import fit_ridge
-from standins import StandIns, load, make
+from standins import StandIns, load
 
 from calibrate import cold_regions, plan, skip_per_layer
 from measuring import as_windows, measure
@@ -28,14 +28,6 @@ def by_layer(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
     fixed = dict(probe=[torch.zeros_like(probe) for probe in parts["probe"]], bias=harm.tolist())
     budget = harm.sort().values[round(skip * n_layers)].item()
     return StandIns(parts | fixed, budget, n_layers, warm_up_index)
-
-
-def without(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
-    """The same probe decides, and nothing stands in for a block."""
-    policy = make(model, skip, warm_up_index, calibration_text(model, tokens, seed), seed, fitted)
-    for name in "down", "up", "mean":
-        policy.fitted[name] = [torch.zeros_like(part) for part in policy.fitted[name]]
-    return policy
 
 
 def by_cosine(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):

@@ -24,7 +24,8 @@ import common
 # One colour per policy in all pictures (Okabe and Ito's, which the colour-blind can tell apart), the rest grey.
 COLOURS = dict(
     ffnskip="#0072B2", printed="#56B4E9", random="#999999", fixed="#999999", static="#E69F00", shortgpt="#D55E00",
-    skipdecode="#CC79A7", statecopy="#009E73", earlyexit="#8B0000", checkerboard="#7B3FF2",
+    skipdecode="#CC79A7", statecopy="#009E73", earlyexit="#8B0000", checkerboard="#7B3FF2", standins="#117733",
+    authors="#332288",
 )  # fmt: skip
 PANELS = {  # task: one panel per column, {column: title of its axis}, against the achieved ratio
     "perplexity": {"perplexity_past_warm_up": "perplexity", "kl": "KL from dense, nats per token"},

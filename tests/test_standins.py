@@ -205,22 +205,6 @@ def test_other_decisions_have_the_same_stand_ins(factory, tmp_path):
         assert (skipped.all(2).all(1) | ~skipped.any(2).any(1)).all()
 
 
-def test_without_stand_ins_blocks_are_left_out(tmp_path):
-    model = tiny_model()
-    tokens = text(model)
-    file = write_fit(tmp_path / "f.safetensors", model, random_fit(model), [[0.1, -9.0]])
-    policy, trace = arms.without(model, 0.3, 2, tokens, fitted=file), Trace()
-    out = model(tokens, policy=policy, trace=trace)
-    assert 0.2 < trace.ffn_skip_ratio(2) < 0.4
-
-    def by_hand(layers, x, step):
-        for layer in layers:
-            x = layer.add_feed_forward(layer.add_attention(x, step), step, active=trace.ran[layer.layer_id])
-        return x
-
-    assert close(out, model(tokens, policy=by_hand))
-
-
 def test_a_map_that_replaces_layers_is_exact_where_they_are_linear():
     """Layers whose blocks add nothing are the identity, which a regression must find; others are left alone."""
     model = tiny_model(n_layers=4)
