@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from tasks import count_blocks, ratios, with_shared_prefix
+from tasks import WRITTEN, count_blocks, ratios, with_shared_prefix
 
 import common
 from calibrate import cold_regions
@@ -54,7 +54,7 @@ def at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, opti
         own = dict(target_len=calibration.target_len)
     if name == "static":
         own = {key: settings[key] for key in ("cold_s", "cold_e") if key in settings}
-    if name == "standins" and options.task in ("mtbench", "summarize", "collapse", "worstcase"):
+    if name == "standins" and options.task in WRITTEN:
         return factory(model, skip, warm_up_index, **own), skip  # as planned for text that the model writes itself
     make = partial(factory, model, tokens=calibration.tokens, seed=seed, **own)
 

@@ -51,7 +51,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from peers import make_peers
-from standins import StandIns
+from standins import StandIns, ready
 
 import common
 import parallel
@@ -116,10 +116,10 @@ class PlannedStandIns(StandIns):
     def __init__(self, plan, model, rank):
         n_layers, dim = model.args.n_layers, model.args.dim
         weight, self.plan = model.layers[0].feed_forward.w1.weight, plan
-        fitted = dict(probe=torch.zeros(n_layers, dim, device=weight.device), bias=[0.0] * n_layers)
-        for name, shape in dict(down=(rank, dim), up=(dim, rank), mean=(dim,)).items():
-            fitted[name] = torch.zeros(n_layers, *shape, dtype=weight.dtype, device=weight.device)
-        super().__init__(fitted, 0.0, n_layers, warm_up_index=-1)
+        shapes, fitted = dict(down=(rank, dim), up=(dim, rank), mean=(dim,), probe=(dim,), bias=()), {}
+        for name, shape in shapes.items():
+            fitted[name] = torch.zeros(n_layers, *shape, device=weight.device)
+        super().__init__(ready(fitted, weight.dtype), 0.0, n_layers, warm_up_index=-1)
 
     def decide(self, h, layer, step, left):
         super().decide(h, layer, step, left)
@@ -159,7 +159,8 @@ def make_variants(model, options, columns):
         if skip > 0:
             plan = make_plan(n_layers, skip, columns - prompt, options.batch, options.seed)
             policies += [("fixed", Planned(plan, monitored=False)), ("ffnskip", Planned(plan, monitored=True))]
-            policies.append(("standins", PlannedStandIns(plan, model, options.rank)))
+            if "standins" in options.variants:  # whose maps take memory
+                policies.append(("standins", PlannedStandIns(plan, model, options.rank)))
     wanted = ["dense", *options.variants]
     return [Variant(name, model, policy, options.batch, prompt, columns) for name, policy in policies if name in wanted]
 

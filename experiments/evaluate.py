@@ -48,7 +48,7 @@ from at_ratio import describe, make_policy, on_text, prompts_ratio
 from baselines import POLICIES, written_text
 from readers import load_text
 from table import Table, cell
-from tasks import PROMPTS, TASKS, Context, full_windows, held_out
+from tasks import PROMPTS, TASKS, WRITTEN, Context, full_windows, held_out
 
 import common
 from load_weights import load_model, load_tokenizer
@@ -155,7 +155,7 @@ def parse_args(argv):
     add("--output", metavar="CSV", help="default: experiments/results/TASK.csv, without --data TASK_own_text.csv")
     group = common.add_skip_arguments(parser)
     group.add_argument("--printed-cold", type=listed(int), metavar="S,E",
-                       help="cold_s and cold_e of `printed` (default: those of ffnskip)")
+                       help="cold_s and cold_e of `printed` (default: by calibrate.py's rule on --calibration)")
     options = parser.parse_args(argv)
     if options.data is None and options.task not in TEXT_TASKS:
         parser.error(f"{options.task} needs --data")
@@ -175,12 +175,11 @@ def parse_args(argv):
     if options.task in TEXT_TASKS and options.window < options.prompt_tokens + max(options.warm_up) + 3:
         after = f"--prompt-tokens {options.prompt_tokens} and --warm-up-index {max(options.warm_up)}"
         parser.error(f"--window {options.window} is too short for {after}")
-    lengths = dict(mtbench=1024, summarize=256, worstcase=512, collapse=256)
-    options.max_new_tokens = options.max_new_tokens or lengths.get(options.task, 256)
+    options.max_new_tokens = options.max_new_tokens or WRITTEN.get(options.task, 256)
     if options.output is None:
         own = "" if options.data else "_own_text"
         options.output = str(HERE / "results" / f"{options.task}{own}.csv")
-    options.target_len = options.max_new_tokens if options.task in lengths else options.window
+    options.target_len = options.max_new_tokens if options.task in WRITTEN else options.window
     if options.task in TEXT_TASKS:
         options.target_len -= options.prompt_tokens
     return options

@@ -26,7 +26,7 @@ sys.path[:0] = str(HERE), str(HERE.parent)  # common.py opens this file by its p
 from fit_standins import PARTS, WARM_UP_INDEX, fit_twice
 
 import common
-from load_weights import load_model, load_tokenizer
+from generate import load as load_checkpoint
 from measuring import (
     as_windows,
     bring_to,
@@ -188,7 +188,7 @@ def chat_windows(model, tokenizer, text, n, n_new=192):
             prompts.append(tokenizer.chat([dict(role="user", content=message)]))
         except ValueError:  # no chat template: a model that goes on writing
             prompts.append(tokenizer.encode(sentence))
-    for start in common.progress(range(0, len(prompts), batch), "writing chat"):
+    for start in range(0, len(prompts), batch):
         windows += written_windows(model, prompts[start : start + batch], n_new, 0, 0.0, tokenizer.eos_ids)
     return [(ids, prompt_len) for ids, prompt_len in windows if len(ids) - prompt_len > WARM_UP_INDEX + 9]
 
@@ -226,7 +226,7 @@ def main(argv=None):
     ckpt = common.find_checkpoint(options.ckpt)
     out = Path(options.out) if options.out else common.fitted_path(ckpt)
     common.check_outputs(out)
-    tokenizer, model = load_tokenizer(ckpt), load_model(ckpt, common.find_device(options.device), options.dtype)
+    tokenizer, model = load_checkpoint(ckpt, common.find_device(options.device), options.dtype)
     if options.rank > model.args.dim:
         raise ValueError(f"--rank {options.rank} is more than the model's width {model.args.dim}")
     windows, text_held, chat_held = gather(model, tokenizer, options)

@@ -443,6 +443,7 @@ def summarize(model, tokenizer, policy, stories, context):
     return dict(**means(context, **scores), **numbers, **ratios([answer["counts"] for answer in answers]))
 
 
+WRITTEN = dict(mtbench=1024, summarize=256, worstcase=512, collapse=256)  # the model writes: so many tokens at most
 TASKS = {
     "perplexity": (load_text, perplexity),
     "warmup": (load_text, perplexity),
