@@ -7,6 +7,7 @@ its policy has written them.
 """
 
 import argparse
+import math
 import sys
 
 from common import describe_error, first_difference, model_name
@@ -79,9 +80,16 @@ def change_policy(words, options, ckpt, model):
     """What choose_policy returns for the words NAME [R] after /policy. Raises what it raises."""
     if len(words) not in (1, 2):
         raise ValueError("expected /policy NAME [R], R being the share of feed-forward blocks to skip")
-    name, skip = words[0], float(words[1]) if len(words) > 1 else None
-    if skip is not None and not 0 <= skip < 1:
-        raise ValueError(f"/policy {name} {skip}: not a share of at least 0 and below 1")
+    name, skip = words[0], None
+    if len(words) > 1:
+        try:
+            skip = float(words[1])
+        except ValueError:
+            skip = math.nan
+        if not 0 <= skip < 1:
+            raise ValueError(f"/policy {name} {words[1]}: expected a share of at least 0 and below 1, such as 0.1")
+    elif name not in ("dense", "ffnskip"):
+        raise ValueError(f"expected /policy {name} R, R being the share of feed-forward blocks to skip")
     changed = dict(vars(options), policy=name, skip=skip)
     if name == "dense":
         changed["warm_up_index"] = None
@@ -95,6 +103,7 @@ def converse(options, ckpt, tokenizer, model):
     except ImportError:  # Windows
         pass
     name, policy, _ = choose_policy(options, ckpt, model)
+    tokenizer.chat([*first_messages(options), dict(role="user", content="")])  # where it cannot, it says so now
     conversation = Conversation(model, tokenizer, options)
     note(f"[{model_name(ckpt)}, {name}: {COMMANDS}]")
     while True:

@@ -34,6 +34,9 @@ class LoadError(ValueError):
 
 
 def first_line(error):
+    """What an error says, without its second line; of one about a file what is wrong, without the file's name."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -65,7 +68,8 @@ def describe_error(error):
     theirs = [f for f in frames if f.filename in policy_files]
     users = (ValueError, OSError, MemoryError, OverflowError, RecursionError, torch.OutOfMemoryError)
     if isinstance(error, users) and (not theirs or theirs[-1] is not frames[-1]):
-        return first_line(error)
+        file = getattr(error, "filename", None)
+        return first_line(error) if file is None else f"{file}: {first_line(error)}"
     where = error if isinstance(error, SyntaxError) else (theirs or frames)[-1]
     return f"{where.filename}, line {where.lineno}: {type(error).__name__}: {first_line(error)}"
 
@@ -104,12 +108,12 @@ def to_json(value, **style):
     return json.dumps(plain(value), allow_nan=False, **style)
 
 
-def import_optional(package, what):
-    """An optional package (requirements-demo.txt); without it ValueError says how to install what `what` needs."""
+def import_optional(package, what, command=None):
+    """An optional package; without it LoadError says that `what` needs it, and the command that installs it."""
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise LoadError(f"{what}: needs the package {package}: pip install {package}") from None
+        raise LoadError(f"{what}: needs the package {package}: {command or 'pip install ' + package}") from None
 
 
 class Parser(argparse.ArgumentParser):

@@ -289,6 +289,8 @@ def choose_policy(options, ckpt, model):
     if options.policy in (None, "ffnskip"):
         settings = common.find_settings(options, ckpt, model.args.n_layers)
     name = options.policy or ("ffnskip" if settings or options.skip is not None else "dense")
+    if options.standins and name != "standins" and ":" not in name:
+        raise ValueError(f"--standins is for --policy standins, and the policy is {name}")
     if options.policy is None and name == "dense":
         command = "python calibrate.py" + (f" --ckpt {options.ckpt}" if options.ckpt else "")
         name_of_model = common.model_name(ckpt)
@@ -352,6 +354,8 @@ def main(argv=None):
         write_page(options.trace, generations, prompts)
     elif options.trace:
         write_trace(options.trace, generations[-1])
+    if options.trace:
+        print(f"[trace written to {options.trace}]", file=sys.stderr)
     if options.json:
         used = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_p", "seed")}
         weight = model.tok_embeddings.weight

@@ -164,7 +164,11 @@ def summary(report):
     """One line for people."""
     tokens = report["new_tokens"] if isinstance(report["new_tokens"], int) else sum(report["new_tokens"])
     gigabytes = report["peak_memory_bytes"] and report["peak_memory_bytes"] / 1e9
-    skipped = f"FFN blocks skipped past the warm-up {number(report['ffn_skip_ratio'], '{:.1%}')}"
+    skipped = "FFN blocks skipped past the warm-up "
+    if report["ffn_skip_ratio"] is None:
+        skipped += "- (no token is past it)"
+    else:
+        skipped += f"{report['ffn_skip_ratio']:.1%}"
     if report["planned_skip_ratio"] is not None:
         skipped += f" (planned {report['planned_skip_ratio']:.1%})"
     return (
@@ -180,7 +184,7 @@ def comparison_summary(extra):
         differences = [differences]
     where = ", ".join("none" if token is None else f"at token {token}" for token in differences)
     speed = number(extra["speedup"], "{:.2f}x the speed of dense")
-    return f"[first difference: {where}; decoding {speed}, at most {extra['speedup_bound']:.2f}x by the bytes not read]"
+    return f"[first difference: {where}; decoding {speed}, {extra['speedup_bound']:.2f}x by the bytes not read]"
 
 
 def print_texts(generations, prompts, colour):

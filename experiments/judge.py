@@ -67,7 +67,7 @@ class Judge:
     """The endpoint, and what it replied about one file of ANSWERS, kept under a checksum of what it was asked."""
 
     def __init__(self, options, file):
-        self.openai = common.import_optional("openai", "judge.py")
+        self.openai = common.import_optional("openai", "judge.py", "make eval")
         key = os.environ[options.api_key_env] if options.api_key_env else "none"
         self.client = self.openai.OpenAI(base_url=options.base_url, api_key=key)
         self.options, self.path, self.unparsed = options, file.parent / "judged" / file.name, 0

@@ -136,7 +136,7 @@ def parse_args(argv):
 
 def main(argv=None):
     options = parse_args(argv)
-    common.import_optional("lm_eval", "lm_eval_model.py")
+    common.import_optional("lm_eval", "lm_eval_model.py", "make eval")
     from lm_eval.tasks import TaskManager
 
     manager, shots = TaskManager(include_path=options.include_path), options.num_fewshot

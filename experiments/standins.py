@@ -149,6 +149,8 @@ def at_ratio(model, parts, skip, most, windows, warm_up_index=WARM_UP_INDEX, low
 def load(path, model):
     """(tensors by PARTS, on the model's device; what the file says of itself). ValueError for another model's file."""
     weight = model.tok_embeddings.weight
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as file:
             parts = {name: file.get_tensor(name).to(weight.device) for name in PARTS}

@@ -78,6 +78,8 @@ def test_a_policy_is_changed_on_the_way_and_a_mistake_changes_nothing(talk):
     lines = said.err.splitlines()[1:]
     assert lines[0] == "[policy static 0.25]" and lines[6].startswith("[no command /what: /reset ")
     assert all(line.startswith("error: ") for line in lines[1:6])
+    assert lines[3] == "error: expected /policy static R, R being the share of feed-forward blocks to skip"
+    assert lines[4].startswith("error: /policy static x: expected a share")
     assert lines[7].startswith("[static: 40 tokens") and "(planned 25.0%)" in lines[7]
     assert lines[8] == "[policy dense]" and lines[9].startswith("[dense: 40 tokens") and len(lines) == 10
 
@@ -110,9 +112,9 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(talk, model, monkeypa
     monkeypatch.setattr(Bytes, "chat", recorded)
     said = talk(["hello", "unheard", "more"])
     cut = calls[0].text()
-    assert len(calls[0].ids[0]) == 3 and seen[1:] == [["hello", cut, "unheard"], ["hello", cut, "more"]]
+    assert len(calls[0].ids[0]) == 3 and seen[2:] == [["hello", cut, "unheard"], ["hello", cut, "more"]]
     roles = "user", "assistant", "user"
-    ids = Bytes().chat([dict(role=role, content=text) for role, text in zip(roles, seen[2])])
+    ids = Bytes().chat([dict(role=role, content=text) for role, text in zip(roles, seen[-1])])
     assert calls[-1].ids[0] == list(generate(model, ids, 6)) and "Traceback" not in said.err
 
 

@@ -88,7 +88,8 @@ def test_sampling_repeats_with_its_seed_and_greedy_ignores_it(report):
 
 def test_a_trace_named_html_is_a_page(tmp_path, run):
     page = tmp_path / "trace.html"
-    run(*SKIP, "--max-new-tokens", "3", "--compare", "--trace", str(page), "Layers 3 to")
+    said = run(*SKIP, "--max-new-tokens", "3", "--compare", "--trace", str(page), "Layers 3 to")
+    assert f"[trace written to {page}]" in said.err and "past the warm-up - (no token is past it)" in said.err
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 

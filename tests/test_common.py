@@ -260,7 +260,8 @@ def test_a_mistake_in_a_policy_file_is_reported_with_its_line(code, message, tmp
         (ValueError("first\nsecond"), 1, "error: first\n"),
         (ValueError(), 1, "error: ValueError\n"),
         (MemoryError(), 1, "error: MemoryError\n"),
-        (FileNotFoundError(2, "No such file", "a.txt"), 1, "error: [Errno 2] No such file: 'a.txt'\n"),
+        (FileNotFoundError(2, "No such file", "a.txt"), 1, "error: a.txt: No such file\n"),
+        (OSError("disk on fire"), 1, "error: disk on fire\n"),
         (KeyboardInterrupt(), 130, ""),
         (SystemExit(3), 3, ""),
     ],
@@ -285,6 +286,8 @@ def test_a_mistake_of_ours_says_where(capsys):
 def test_an_optional_package_that_is_missing_says_how_to_get_it():
     with pytest.raises(ValueError, match="--plot: needs the package nosuch: pip install nosuch"):
         common.import_optional("nosuch", "--plot")
+    with pytest.raises(ValueError, match="judge.py: needs the package nosuch: make eval$"):
+        common.import_optional("nosuch", "judge.py", "make eval")
     assert common.import_optional("json", "x") is json
 
 
