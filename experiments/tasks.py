@@ -229,16 +229,21 @@ def factoid(model, tokenizer, policy, questions, context):
     prompts = [tokenizer.encode(PROMPTS[context.prompt_style].format(question)) for question, _ in questions]
     answers, counts = {}, []
     for group, tokens, cache in with_shared_prefix(model, policy, prompts, 16, context):
-        trace, ids = Trace(), []
+        trace, ids, forwarded = Trace(), [], [tokens.size(1)] * len(group)
         for _ in range(16):
             tokens = sample(model(tokens, cache, policy, trace=trace, last_only=True)[:, -1])[:, None].to(tokens.device)
             ids.append(tokens)
             texts = [tokenizer.decode(row) for row in torch.cat(ids, dim=1).tolist()]
+            for row, text in enumerate(texts):
+                forwarded[row] += "\n" not in text.lstrip()
             if all("\n" in text.lstrip() for text in texts):
                 break
+        token_index = trace.token_index  # (batch, tokens)
+        for row, n in enumerate(forwarded):
+            token_index[row, n:] = -1  # what a row writes beside the others after its answer counts for nothing
         for i, text in zip(group, texts):
             answers[i] = normalise(text.strip().split("\n")[0])
-        counts.append(count_blocks(trace.ran, trace.token_index, policy, context))
+        counts.append(count_blocks(trace.ran, token_index, policy, context))
     right, inside = [], []
     for i, (_, names) in enumerate(questions):
         names = {normalise(name) for name in names}

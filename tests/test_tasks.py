@@ -272,6 +272,8 @@ def test_factoid_answers_are_greedy_up_to_the_end_of_the_line(model):
         right = tasks.factoid(model, tokenizer, policy, questions, context)
         assert right["exact_match"] == right["answer_within"] == 0.5
     assert right["questions"] == 2 and right["ffn_skip_ratio"] > 0.05
+    alone = tasks.factoid(model, tokenizer, policy, questions, Context(batch_size=1))  # each stops at its own end
+    assert alone["ffn_skip_ratio"] == right["ffn_skip_ratio"] and alone["ffn_saved_ratio"] == right["ffn_saved_ratio"]
     part = [("Fox?", [lines[0][1:]]), ("Bee?", ["y"])]
     assert tasks.factoid(model, tokenizer, policy, part, context)["exact_match"] == 0
 
