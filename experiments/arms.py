@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from baselines import calibration_text, run_active, similarity, warm_up
-from fit_standins import fit_ridge
+from fit_standins import fit_ridge, moments
 from standins import StandIns, load
 
 from calibrate import cold_regions, plan, skip_per_layer
@@ -85,7 +85,8 @@ class ReplaceMe:
         best = -math.inf
         for start in range(model.args.n_layers - self.n + 1):
             before, after = states[start], states[start + self.n]
-            slope, bias, _ = fit_ridge(before, after - before, torch.ones(len(before), device=before.device), 0.1)
+            weight = torch.ones(len(before), device=before.device)
+            slope, bias, _ = fit_ridge(*moments(before, after - before, weight), 0.1)
             nearness = similarity(after, before + before @ slope + bias, None).mean().item()
             if nearness > best:
                 best, self.start, self.slope, self.bias = nearness, start, slope, bias

@@ -51,7 +51,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from peers import make_peers
-from standins import StandIns, ready
+from standins import PARTS, StandIns, ready
 
 import common
 import parallel
@@ -111,14 +111,14 @@ class Planned(FFNSkip):
 
 
 class PlannedStandIns(StandIns):
-    """Stand-ins of zeros, which take as long as others; harm is predicted and read back, but the plan decides."""
+    """Maps of zeros, which take as long as others; harm is predicted and read back, but the plan decides."""
 
-    def __init__(self, plan, model, rank):
+    def __init__(self, plan, model, n, rank):
         n_layers, dim = model.args.n_layers, model.args.dim
         weight, self.plan = model.layers[0].feed_forward.w1.weight, plan
-        shapes, fitted = dict(down=(rank, dim), up=(dim, rank), mean=(dim,), probe=(dim,), bias=()), {}
-        for name, shape in shapes.items():
-            fitted[name] = torch.zeros(n_layers, *shape, device=weight.device)
+        shapes = dict(down=(n, rank, dim), up=(n, dim, rank), mean=(n, dim), probe=(dim,), bias=())
+        fitted = {name: torch.zeros(n_layers, *shape, device=weight.device) for name, shape in shapes.items()}
+        fitted["centre"] = torch.randn(n_layers, n, dim).to(weight.device)  # so that tokens choose different ones
         super().__init__(ready(fitted, weight.dtype), 0.0, n_layers, warm_up_index=-1)
 
     def decide(self, h, layer, step, left):
@@ -126,9 +126,11 @@ class PlannedStandIns(StandIns):
         return self.plan[int(step.token_index[0, 0])][layer.layer_id]
 
     def bytes_read(self, ffn_run):
-        """Of a step that runs the share ffn_run of the feed-forward blocks: all probes, and the maps of the rest."""
-        sizes = {name: sum(part.nbytes for part in self.fitted[name]) for name in ("probe", "down", "up", "mean")}
-        return sizes.pop("probe") + (1 - ffn_run) * sum(sizes.values())
+        """Of a step that runs the share ffn_run of the feed-forward blocks: all probes, and of the rest the
+        centres and one map."""
+        sizes = {name: sum(part.nbytes for part in self.fitted[name]) for name in PARTS[:-1]}
+        probes, centres, n = sizes.pop("probe"), sizes.pop("centre"), len(self.fitted["centre"][0])
+        return probes + (1 - ffn_run) * (centres + sum(sizes.values()) / n)
 
 
 class Variant:
@@ -160,7 +162,7 @@ def make_variants(model, options, columns):
             plan = make_plan(n_layers, skip, columns - prompt, options.batch, options.seed)
             policies += [("fixed", Planned(plan, monitored=False)), ("ffnskip", Planned(plan, monitored=True))]
             if "standins" in options.variants:  # whose maps take memory
-                policies.append(("standins", PlannedStandIns(plan, model, options.rank)))
+                policies.append(("standins", PlannedStandIns(plan, model, options.maps, options.rank)))
     wanted = ["dense", *options.variants]
     return [Variant(name, model, policy, options.batch, prompt, columns) for name, policy in policies if name in wanted]
 
@@ -366,7 +368,8 @@ def parse_args(argv):
     add("--layers", type=positive, metavar="N", help="with --shape: so many layers, and the whole head")
     add("--skip", type=shares, default="0.05,0.1,0.2,0.3,0.5", help="shares of FFN blocks (default %(default)s)")
     add("--variants", type=names, default=",".join(VARIANTS[:4]), help="default %(default)s; dense always runs")
-    add("--rank", type=positive, default=192, metavar="R", help="of the maps of variant standins (default 192)")
+    add("--maps", type=positive, default=16, metavar="N", help="of variant standins, to choose from (default 16)")
+    add("--rank", type=positive, default=64, metavar="R", help="of these maps (default 64)")
     add("--peers", action="store_true", help="also transformers and llama.cpp (CPU, --batch 1), where installed")
     add("--prompt", type=positive, default=128, metavar="N", help="tokens of the prompt (default 128)")
     add("--tokens", type=positive, default=20, metavar="N", help="tokens to decode (default 20)")

@@ -1,59 +1,113 @@
 """
-How stand-ins are fitted: ridge regressions in closed form, weighted by what the backward pass says an error costs. The
+How stand-ins are fitted, and on what: regressions in closed form, and what the backward pass says an error costs. The
 derivation is in docs/standins.md; standins.py is the policy, its file and the command line. In shapes, tokens are those
-of all calibration windows past the warm-up, and r is the rank.
+of all calibration windows past the warm-up, r is the rank, and n the number of maps of a layer.
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
 
 import common
-from measuring import as_tokens
+from measuring import as_tokens, read_text, text_windows, written_windows
 from model import KVCache
 
-PARTS = "down", "up", "mean", "probe", "bias"
+PARTS = "down", "up", "mean", "centre", "probe", "bias"
 WARM_UP_INDEX = 25
 DRAWS = 2  # of labels; with one, what is harmless by chance hides what is so by nature
 TEMPERATURE = 2.0  # of the labels: confident text, such as a greedy answer, is not free to skip
+OTHERS = 0.02  # what a token of another cell weighs in the fit of a cell's map
 DESIGN = 0.25  # the share that skips while layers are fitted, each on the states that the ones before leave
 
+REQUESTS = [  # with a sentence of the text, what the model is asked for chat to fit on
+    "{}",
+    "Explain this to a beginner: {}",
+    "Write a short story that begins with this sentence: {}",
+    "What questions does this raise, and how would you answer them? {}",
+    "Write an email about this: {}",
+    "Is this true? Give your reasons step by step. {}",
+    "Rewrite this as a list of points, and add what is missing: {}",
+    "Imagine you were there. {} What would you do?",
+]
 
-def weighted_mean(x, weight):
-    """(dim,) of x (tokens, dim), weighted by weight (tokens,)."""
-    return weight @ x / weight.sum()
+
+def moments(x, y, weight):
+    """Weighted sums over tokens of [x, 1]^T [x, 1] and [x, 1]^T y: all that a regression needs, and they add up."""
+    with_one = F.pad(x, (0, 1), value=1.0)  # (tokens, dim) -> (tokens, dim + 1)
+    scaled = (with_one * weight[:, None]).T
+    return scaled @ with_one, scaled @ y
 
 
-def fit_ridge(x, y, weight, ridge):
-    """(W, b, covariance) of the weighted ridge regression y = x @ W + b; ridge is in units of x's mean variance."""
-    x_mean, y_mean = weighted_mean(x, weight), weighted_mean(y, weight)
-    scaled = (x - x_mean) * weight[:, None] / weight.sum()  # (tokens, dim)
-    covariance = scaled.T @ (x - x_mean)
+def fit_ridge(squares, products, ridge):
+    """(W, b, covariance) of the ridge regression y = x @ W + b from moments; ridge in units of x's mean variance."""
+    n, x_sum, y_sum = squares[-1, -1], squares[-1, :-1], products[-1]
+    covariance = squares[:-1, :-1] / n - torch.outer(x_sum / n, x_sum / n)
     covariance.diagonal().add_(ridge * covariance.diagonal().mean())
-    slope = torch.linalg.solve(covariance, scaled.T @ (y - y_mean))
-    return slope, y_mean - x_mean @ slope, covariance
+    slope = torch.linalg.solve(covariance, products[:-1] / n - torch.outer(x_sum / n, y_sum / n))
+    return slope, (y_sum - x_sum @ slope) / n, covariance
 
 
-def fit_map(normed, out, weight, rank):
+def fit_map(squares, products, rank):
     """down (r, dim), up (dim, r), mean (dim,): reduced-rank regression of a block's output on its normed input."""
-    slope, mean, covariance = fit_ridge(normed, out, weight, 0.1)
-    _, vectors = torch.linalg.eigh(slope.T @ covariance @ slope)  # of what the full map explains, ascending
-    up = vectors[:, len(vectors) - rank :]
+    slope, mean, covariance = fit_ridge(squares, products, 0.1)
+    up = torch.svd_lowrank(slope.T @ covariance @ slope, rank)[0]  # of what the full map explains, the largest part
     down = (slope @ up).T
     left_out = slope - down.T @ up.T
-    return down, up, mean + weighted_mean(normed, weight) @ left_out
+    return down, up, mean + squares[-1, :-1] / squares[-1, -1] @ left_out
+
+
+def find_centres(x, n, steps=12):
+    """(n, dim): k-means of x (tokens, dim), from n tokens drawn at random (Lloyd 1982)."""
+    centre = x[torch.randperm(len(x))[:n]]
+    for _ in range(steps):
+        cell = nearest(x, centre, offset(centre))
+        for i in cell.unique():
+            centre[i] = x[cell == i].mean(0)
+    return centre
+
+
+def offset(centre):
+    """(..., n) that makes nearest() of a product: |x - c|^2 = |x|^2 - 2 (x . c - |c|^2 / 2)."""
+    return -centre.square().sum(-1) / 2
+
+
+def nearest(x, centre, offset):
+    """Of x (..., dim), the index (...) of the nearest centre."""
+    return F.linear(x, centre, offset).argmax(-1)
+
+
+def fit_maps(normed, out, weight, cell, n, rank):
+    """fit_map for each of n cells, stacked: a cell's own tokens, and with the weight OTHERS all."""
+    own = [moments(normed[cell == i], out[cell == i], weight[cell == i]) for i in range(n)]
+    of_all = [OTHERS * sum(parts) for parts in zip(*own)]
+    maps = [fit_map(squares + of_all[0], products + of_all[1], rank) for squares, products in own]
+    return [torch.stack(parts) for parts in zip(*maps)]
 
 
 def fit_probe(normed, harm, weight, held):
-    """probe (dim,), bias: log harm, predicted from the normed input; a line through tenths of `held` makes it nats."""
-    slope, bias, _ = fit_ridge(normed[~held], harm[~held, None].log(), weight[~held], 2.0)
-    order = (normed[held] @ slope + bias)[:, 0].sort()
+    """
+    probe (dim,), bias: the mean of harm as exp(normed @ probe + bias). That is a gamma regression with a logarithmic
+    link and a ridge, each step of which solves the same linear equations (Nelder and Wedderburn 1972). A line through
+    tenths of `held`, which it has not seen, mends the scale.
+    """
+    x, y, weight = normed[~held], harm[~held], weight[~held] / weight[~held].sum()
+    x = x - weight @ x
+    covariance = (x * weight[:, None]).T @ x
+    penalty = 0.5 * covariance.diagonal().mean()
+    covariance.diagonal().add_(penalty)
+    factor, slope, bias = torch.linalg.cholesky(covariance), torch.zeros_like(x[0]), (weight @ y).log()
+    for _ in range(12):
+        excess = (y / (x @ slope + bias).exp() - 1).clamp(max=5) * weight  # no single token tells more than that
+        step = x.T @ excess - penalty * slope
+        slope, bias = slope + torch.cholesky_solve(step[:, None], factor)[:, 0], bias + excess.sum()
+    order = (normed[held] @ slope).sort()
     predicted = torch.stack([part.mean() for part in order.values.tensor_split(10)])
     true = torch.stack([part.mean().log() for part in harm[held][order.indices].tensor_split(10)])
     tilt = ((predicted - predicted.mean()) * (true - true.mean())).sum() / predicted.var(correction=0) / 10
     tilt = tilt.clamp(min=0.1)
-    return tilt * slope[:, 0], tilt * (bias[0] - predicted.mean()) + true.mean()
+    return tilt * slope, true.mean() - tilt * predicted.mean()
 
 
 def new_step(model, ids, prompt_len):
@@ -69,6 +123,11 @@ def may_skip(step):
     return step.token_index[0] > WARM_UP_INDEX
 
 
+def pull_back(out, x, gradient):
+    """The gradient at x, given the one at out."""
+    return torch.autograd.grad(out, x, gradient, retain_graph=True)[0]
+
+
 @torch.no_grad()
 def gradients(model, windows, seed):
     """
@@ -78,33 +137,35 @@ def gradients(model, windows, seed):
     holds one window's states.
     """
     torch.manual_seed(seed)
+    head = (model.output or model.tok_embeddings).weight  # (vocab, dim)
     found = [[] for _ in model.layers]
     for ids, prompt_len in common.progress(windows, "gradients"):
         tokens, step = new_step(model, ids, prompt_len)
         states = [model.tok_embeddings(tokens)]  # (1, seq, dim) before each layer, and after the last
         for layer in model.layers:
             states.append(layer(states[-1], step))
+        probs = (model.logits(states[-1])[0] / TEMPERATURE).softmax(-1)  # (seq, vocab)
+        labels = torch.multinomial(probs, DRAWS, replacement=True).T  # (DRAWS, seq)
+        mean = probs.type_as(head) @ head  # (seq, dim): cross entropy's gradient before the head is this - head[label]
         with torch.enable_grad():
             x = states[-1].requires_grad_()
-            logits = model.logits(x)[0] / TEMPERATURE  # (seq, vocab)
-            labels = torch.multinomial(logits.detach().softmax(-1), DRAWS, replacement=True).T  # (DRAWS, seq)
-            losses = [TEMPERATURE * F.cross_entropy(logits, drawn, reduction="sum") for drawn in labels]
-        found_here = [torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in losses]  # of (1, seq, dim) each
+            normed = model.norm(x)
+        found_here = [pull_back(normed, x, (mean - head[drawn])[None]) for drawn in labels]  # of (1, seq, dim) each
         for i in reversed(range(len(model.layers))):
             found[i].append(torch.cat(found_here)[:, may_skip(step)].transpose(0, 1))  # -> (tokens, DRAWS, dim)
             with torch.enable_grad():
                 x = states[i].requires_grad_()
                 out = model.layers[i](x, new_step(model, ids, prompt_len)[1])
-            found_here = [torch.autograd.grad(out, x, g, retain_graph=True)[0] for g in found_here]
+            found_here = [pull_back(out, x, g) for g in found_here]
     return found
 
 
 @torch.no_grad()
-def fit(model, windows, gradient, rank, log_budget=-math.inf):
+def fit(model, windows, gradient, n, rank, log_budget=-math.inf):
     """
-    Fit every layer in turn: (tensors by PARTS, predicted log harm (layer, tokens)). With a budget, later layers see the
-    states that earlier stand-ins leave, and each is fitted again with the tokens that skip counted five times. Every
-    fifth window is kept for the line that turns the probe's scores into nats.
+    Fit n maps for every layer in turn: (tensors by PARTS, predicted log harm (layer, tokens)). With a budget, later
+    layers see the states that earlier stand-ins leave, and each is fitted again with the tokens that skip counted five
+    times. Every fifth window is kept for the line that turns the probe's scores into nats.
     """
     fitted, predictions = {name: [] for name in PARTS}, []
     states = [model.tok_embeddings(as_tokens(model, ids)) for ids, _ in windows]
@@ -122,16 +183,20 @@ def fit(model, windows, gradient, rank, log_budget=-math.inf):
             states[i] = h + block
         g, normed, out = torch.cat(g).float(), torch.cat(normed).float(), torch.cat(out).float()
         weight = torch.ones(len(normed), device=normed.device)
+        centre = find_centres(normed[~held], n)
+        cell = nearest(normed, centre, offset(centre))
         for _ in range(1 if log_budget == -math.inf else 2):
-            down, up, mean = fit_map(normed[~held], out[~held], weight[~held], rank)
-            error = normed @ down.T @ up.T + mean - out
+            down, up, mean = fit_maps(normed[~held], out[~held], weight[~held], cell[~held], len(centre), rank)
+            error = mean[cell] - out
+            for i in cell.unique():
+                error[cell == i] += normed[cell == i] @ down[i].T @ up[i].T
             harm = torch.einsum("td,tkd->tk", error, g).square().mean(1) / 2 + 1e-12
             probe, bias = fit_probe(normed, harm, weight, held)
             prediction = normed @ probe + bias
             skips = prediction < log_budget
             weight = 1 + 4 * skips.float()
         probe = probe * layer.ffn_norm.weight  # of h by its root mean square instead, so that no norm need run
-        for name, value in zip(PARTS, (down, up, mean, probe, bias)):
+        for name, value in zip(PARTS, (down, up, mean, centre, probe, bias)):
             fitted[name].append(value)
         predictions.append(prediction)
         changes = (error * skips[:, None]).to(states[0].dtype).split([where.sum().item() for where in wheres])
@@ -140,10 +205,43 @@ def fit(model, windows, gradient, rank, log_budget=-math.inf):
     return {name: torch.stack(values) for name, values in fitted.items()}, torch.stack(predictions)
 
 
-def fit_twice(model, windows, rank, seed):
+def fit_twice(model, windows, n, rank, seed):
     """The tensors of fit: first on a quarter of the windows without skipping, which tells the budget for DESIGN."""
     gradient = gradients(model, windows, seed)
-    _, predictions = fit(model, windows[::4], [g[::4] for g in gradient], rank)
-    fitted, _ = fit(model, windows, gradient, rank, predictions.flatten()[::7].quantile(DESIGN).item())
+    _, predictions = fit(model, windows[::4], [g[::4] for g in gradient], n, rank)
+    fitted, _ = fit(model, windows, gradient, n, rank, predictions.flatten()[::7].quantile(DESIGN).item())
     dtype = model.tok_embeddings.weight.dtype
-    return fitted | {name: fitted[name].to(dtype) for name in ("down", "up", "mean")}
+    return fitted | {name: fitted[name].to(dtype) for name in ("down", "up", "mean", "centre")}
+
+
+def chat_windows(model, tokenizer, text, n, n_new=192):
+    """n windows (ids, prompt_len): REQUESTS about sentences of the text, and the model's greedy answers."""
+    sentences = [re.split(r"(?<=[.!?])\s", line.strip())[0] for line in text.split("\n")]
+    sentences = [sentence for sentence in sentences if 20 < len(sentence) < 200]
+    windows, prompts, batch = [], [], 16
+    for i, sentence in enumerate(sentences[:: max(1, len(sentences) // n)][:n]):
+        try:
+            message = REQUESTS[i % len(REQUESTS)].format(sentence)
+            prompts.append(tokenizer.chat([dict(role="user", content=message)]))
+        except ValueError:  # no chat template: a model that goes on writing
+            prompts.append(tokenizer.encode(sentence))
+    for start in range(0, len(prompts), batch):
+        windows += written_windows(model, prompts[start : start + batch], n_new, 0, 0.0, tokenizer.eos_ids)
+    return [(ids, prompt_len) for ids, prompt_len in windows if len(ids) - prompt_len > WARM_UP_INDEX + 9]
+
+
+def gather(model, tokenizer, options):
+    """(windows to fit on, text held out, chat held out): of each file the last eighth, and the last chats."""
+    windows, text_held, chat_held, n_held = [], [], [], len(REQUESTS)
+    for file in options.text:
+        text = read_text([file])
+        found = text_windows(tokenizer, text, options.tokens // len(options.text), min(512, model.args.max_seq_len))
+        n_chats = max(8, options.tokens // len(options.text) // 256)  # of about 128 tokens: half as many as of text
+        chat = chat_windows(model, tokenizer, text, n_chats + n_held)
+        for some, held, n in (found, text_held, max(1, len(found) // 8)), (chat, chat_held, n_held):
+            windows += some[:-n]
+            held += some[-n:]
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    if len(windows) < 10 or not chat_held:
+        raise ValueError("too little text: at least ten windows of 512 tokens and lines with a sentence are needed")
+    return [windows[i] for i in order], text_held, chat_held

@@ -5,12 +5,11 @@ stand in for it. This project's own, beside the paper's Algorithm 1 and not in i
     python experiments/standins.py --text c4.jsonl wiki.train.raw     fits the demo model (--ckpt: another one)
     python generate.py --policy standins --skip 0.15 "..."            finds the fit beside the checkpoint
 
-fit_standins.py holds the closed forms of the fit.
+fit_standins.py fits.
 """
 
 import json
 import math
-import re
 import sys
 import zlib
 from pathlib import Path
@@ -23,39 +22,20 @@ from safetensors.torch import save_file
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = str(HERE), str(HERE.parent)  # common.py opens this file by its path
 
-from fit_standins import PARTS, WARM_UP_INDEX, fit_twice
+from fit_standins import PARTS, WARM_UP_INDEX, fit_twice, gather, nearest, offset
 
 import common
 from generate import load as load_checkpoint
-from measuring import (
-    as_windows,
-    bring_to,
-    quality,
-    quality_table,
-    read_text,
-    skip_ratio,
-    text_windows,
-    written_windows,
-)
+from measuring import as_windows, bring_to, quality, quality_table, skip_ratio
 from one_row import is_one_row, linear
-
-REQUESTS = [  # with a sentence of the text, what the model is asked for chat to fit on
-    "{}",
-    "Explain this to a beginner: {}",
-    "Write a short story that begins with this sentence: {}",
-    "What questions does this raise, and how would you answer them? {}",
-    "Write an email about this: {}",
-    "Is this true? Give your reasons step by step. {}",
-    "Rewrite this as a list of points, and add what is missing: {}",
-    "Imagine you were there. {} What would you do?",
-]
 
 
 class StandIns:
     """
     The policy: a token skips the blocks whose predicted harm is below a budget, at most `most` of them. fitted has, per
-    layer, down (r, dim), up (dim, r) and mean (dim,), which stand in, and probe (dim,) and a number bias, in log nats.
-    The probe is one of h, divided by its root mean square.
+    layer, probe (dim,) and a number bias, in log nats, the probe being one of h divided by its root mean square; and n
+    maps, down (n, r, dim), up (n, dim, r) and mean (n, dim), of which that one stands in whose centre (n, dim) is
+    nearest to the block's normed input.
     """
 
     def __init__(self, fitted, log_budget, most, warm_up_index=WARM_UP_INDEX):
@@ -92,16 +72,26 @@ class StandIns:
         return [n > 0 and value < self.log_budget for n, value in zip(left, harm)]
 
     def stand_in(self, layer, h):
-        """temp, (batch, seq, dim): h and the map of the layer's block."""
-        down, up, mean = (self.fitted[name][layer.layer_id] for name in ("down", "up", "mean"))
-        return h + linear(linear(layer.ffn_norm(h), down), up) + mean
+        """temp: h, (..., dim), and the map that stands in for the layer's block."""
+        down, up, mean, centre, offset = (self.fitted[name][layer.layer_id] for name in (*PARTS[:4], "offset"))
+        normed = layer.ffn_norm(h)
+        cell = nearest(normed.float(), centre, offset)  # (...)
+        if is_one_row(h):
+            i = cell.item()
+            return h + linear(linear(normed, down[i]), up[i]) + mean[i]
+        temp = h + mean[cell]
+        for i in cell.unique().tolist():
+            temp[cell == i] += linear(linear(normed[cell == i], down[i]), up[i])
+        return temp
 
     def add_feed_forward(self, layer, h, step, active=None):
         """The layer's own, except that a map stands in for it where not active."""
         temp = layer.add_feed_forward(h, step, active)
         if active is None or active.all():
             return temp
-        return torch.where(active[..., None].to(h.device), temp, self.stand_in(layer, h))  # -> (batch, seq, 1)
+        index = (~active).flatten().nonzero().squeeze(1).to(h.device)  # (skipping tokens,)
+        some = self.stand_in(layer, h.flatten(0, 1)[index])  # -> (batch * seq, dim) -> (skipping, dim)
+        return temp.flatten(0, 1).index_copy(0, index, some).view_as(h)
 
     def shifted(self, shift):
         """The same with a budget of e^-shift as many nats: it skips less."""
@@ -115,7 +105,7 @@ class StandIns:
 def make(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
     """
     The StandIns of the file `fitted` that skips the share `skip` of the tokens (batch, seq), if given; else of chat, as
-    found when it was fitted, with a cap of 1.5 times the share per token, since free-running text feeds on itself.
+    found when it was fitted, with a cap of twice the share per token, since free-running text feeds on itself.
     Raises ValueError without a fit of this model.
     """
     if fitted is None:
@@ -132,7 +122,7 @@ def make(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
 
 
 def cap(model, skip):
-    return math.ceil(1.5 * skip * model.args.n_layers)
+    return math.ceil(2 * skip * model.args.n_layers)
 
 
 def at_ratio(model, parts, skip, most, windows, warm_up_index=WARM_UP_INDEX, low=-3.0, high=12.0):
@@ -143,7 +133,7 @@ def at_ratio(model, parts, skip, most, windows, warm_up_index=WARM_UP_INDEX, low
         policy = nat.shifted(shift)
         return policy, skip_ratio(model, policy, windows)
 
-    return bring_to(at, low, high, skip)[0]
+    return bring_to(at, low, high, skip, tolerance=0.005)[0]
 
 
 def load(path, model):
@@ -169,47 +159,15 @@ def load(path, model):
 
 def ready(parts, dtype):
     """The tensors of a fit as StandIns wants them: a list of one tensor per layer each, and the bias as numbers."""
-    for name in "down", "up", "mean":
-        parts[name] = parts[name].to(dtype)
-    return {name: list(parts[name]) for name in PARTS[:-1]} | dict(bias=parts["bias"].tolist())
+    maps = {name: list(parts[name].to(dtype)) for name in ("down", "up", "mean")}
+    centre = parts["centre"].float()
+    tests = dict(centre=list(centre), offset=list(offset(centre)), probe=list(parts["probe"]))
+    return maps | tests | dict(bias=parts["bias"].tolist())
 
 
 def fingerprint(model):
     """A number that tells models of one shape apart: the checksum of the final norm, in the dtype that files have."""
     return zlib.crc32(model.norm.weight.to(torch.bfloat16).view(torch.int16).cpu().numpy())
-
-
-def chat_windows(model, tokenizer, text, n, n_new=192):
-    """n windows (ids, prompt_len): REQUESTS about sentences of the text, and the model's greedy answers."""
-    sentences = [re.split(r"(?<=[.!?])\s", line.strip())[0] for line in text.split("\n")]
-    sentences = [sentence for sentence in sentences if 20 < len(sentence) < 200]
-    windows, prompts, batch = [], [], 16
-    for i, sentence in enumerate(sentences[:: max(1, len(sentences) // n)][:n]):
-        try:
-            message = REQUESTS[i % len(REQUESTS)].format(sentence)
-            prompts.append(tokenizer.chat([dict(role="user", content=message)]))
-        except ValueError:  # no chat template: a model that goes on writing
-            prompts.append(tokenizer.encode(sentence))
-    for start in range(0, len(prompts), batch):
-        windows += written_windows(model, prompts[start : start + batch], n_new, 0, 0.0, tokenizer.eos_ids)
-    return [(ids, prompt_len) for ids, prompt_len in windows if len(ids) - prompt_len > WARM_UP_INDEX + 9]
-
-
-def gather(model, tokenizer, options):
-    """(windows to fit on, text held out, chat held out): of each file the last eighth, and the last chats."""
-    windows, text_held, chat_held, n_held = [], [], [], len(REQUESTS)
-    for file in options.text:
-        text = read_text([file])
-        found = text_windows(tokenizer, text, options.tokens // len(options.text), min(512, model.args.max_seq_len))
-        n_chats = max(8, options.tokens // len(options.text) // 256)  # of about 128 tokens: half as many as of text
-        chat = chat_windows(model, tokenizer, text, n_chats + n_held)
-        for some, held, n in (found, text_held, max(1, len(found) // 8)), (chat, chat_held, n_held):
-            windows += some[:-n]
-            held += some[-n:]
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    if len(windows) < 10 or not chat_held:
-        raise ValueError("too little text: at least ten windows of 512 tokens and lines with a sentence are needed")
-    return [windows[i] for i in order], text_held, chat_held
 
 
 def parse_args(argv):
@@ -218,7 +176,8 @@ def parse_args(argv):
     add = parser.add_argument
     add("--text", nargs="+", required=True, metavar="FILE", help='plain text or JSON lines with a key "text"')
     add("--tokens", type=common.positive, default=12288, metavar="N", help="of text to work on (default 12288)")
-    add("--rank", type=common.positive, default=192, metavar="R", help="of the map that stands in (default 192)")
+    add("--maps", type=common.positive, default=16, metavar="N", help="to choose from, per layer (default 16)")
+    add("--rank", type=common.positive, default=64, metavar="R", help="of a map (default 64)")
     add("--out", metavar="FILE", help="default: standins.safetensors beside the checkpoint")
     return parser.parse_args(argv)
 
@@ -232,7 +191,7 @@ def main(argv=None):
     if options.rank > model.args.dim:
         raise ValueError(f"--rank {options.rank} is more than the model's width {model.args.dim}")
     windows, text_held, chat_held = gather(model, tokenizer, options)
-    fitted = fit_twice(model, windows, options.rank, options.seed)
+    fitted = fit_twice(model, windows, options.maps, options.rank, options.seed)
     parts = ready(fitted, model.tok_embeddings.weight.dtype)
     budgets, search = [], {}
     for skip in common.progress([0.05, 0.1, 0.15, 0.2, 0.25, 0.3], "budgets"):
@@ -244,9 +203,10 @@ def main(argv=None):
     for name, log_budget in tried.items():
         policy = StandIns(parts, log_budget, model.args.n_layers)
         measured[name] = quality(model, text_held, policy, reference)
-    about = dict(model=common.model_name(ckpt), weights=fingerprint(model), rank=options.rank, seed=options.seed,
-                 budgets=budgets, quality=list(measured.values()), corpus=[Path(file).name for file in options.text],
-                 tokens=sum(len(ids) for ids, _ in windows), text_held=text_held, chat_held=chat_held)
+    about = dict(model=common.model_name(ckpt), weights=fingerprint(model), maps=options.maps, rank=options.rank,
+                 seed=options.seed, budgets=budgets, quality=list(measured.values()),
+                 corpus=[Path(file).name for file in options.text], tokens=sum(len(ids) for ids, _ in windows),
+                 text_held=text_held, chat_held=chat_held)
     save_file({name: value.contiguous().cpu() for name, value in fitted.items()}, out,
               {name: common.to_json(value) for name, value in about.items()})
     print(*quality_table(measured), f"written to {out}", sep="\n")

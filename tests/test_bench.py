@@ -63,7 +63,7 @@ def test_variants_compute_what_they_say(batch, dtype):
     monitor = bench.FFNSkip(0, 6, math.inf, warm_up_index=-1)
     assert torch.equal(written(model, monitor, batch=batch), written(model, None, batch=batch))
     assert not torch.equal(fixed, written(model, None, batch=batch))
-    stand_ins = bench.PlannedStandIns(plan, model, rank=4)
+    stand_ins = bench.PlannedStandIns(plan, model, n=2, rank=4)
     trace = Trace()
     assert torch.equal(written(model, stand_ins, trace, batch), fixed)  # a map of zeros adds nothing
     assert torch.equal(~trace.ran[:, :, 5:], left_out)
@@ -71,9 +71,9 @@ def test_variants_compute_what_they_say(batch, dtype):
 
 def test_bytes_of_stand_ins_are_all_probes_and_the_maps_of_what_does_not_run():
     model = tiny_model(dtype=torch.bfloat16, n_layers=6)
-    stand_ins, dim = bench.PlannedStandIns([], model, rank=4), model.args.dim
+    stand_ins, dim = bench.PlannedStandIns([], model, n=5, rank=4), model.args.dim
     assert stand_ins.bytes_read(ffn_run=1.0) == 6 * 4 * dim
-    assert stand_ins.bytes_read(ffn_run=0.5) == 6 * 4 * dim + 3 * 2 * (2 * 4 * dim + dim)
+    assert stand_ins.bytes_read(ffn_run=0.5) == 6 * 4 * dim + 3 * (5 * 4 * dim + 2 * (2 * 4 * dim + dim))
 
 
 def test_flops_are_those_of_table_4():
