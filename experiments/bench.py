@@ -16,8 +16,9 @@ and peers follow in each repeat:
   ffnskip   Algorithm 1 with k=1 and no cold layers, at exactly the ratio asked for: cosines are measured and read back
             as ever, but then a plan drawn by chance, the same as in `fixed`, says which of them reach the threshold. It
             differs from token to token, and with --batch from row to row
-  standins  standins.py with maps of rank --rank in the place of what the same plan leaves out: every layer's harm is
-            predicted and read back. What stands in is counted in GB/s and in the bound. Not among the default variants
+  standins  standins.py with one of --maps maps of rank --rank in the place of what the same plan leaves out: every
+            layer's harm is predicted and read back. What stands in is counted in GB/s and in the bound. Not among the
+            default variants
 The time of a token is its median over the repeats, and the table has the mean of that over the tokens.
 
 columns:
