@@ -79,7 +79,10 @@ def nearest(x, centre, offset):
 
 
 def fit_maps(normed, out, weight, cell, n, rank):
-    """fit_map for each of n cells, stacked: a cell's own tokens, and with the weight OTHERS all."""
+    """fit_map for each of n cells, stacked: a cell's own tokens, and with the weight OTHERS all. Rank 0: of zeros."""
+    if rank == 0:
+        dim = normed.size(1)
+        return [normed.new_zeros(n, *shape) for shape in ((0, dim), (dim, 0), (dim,))]
     own = [moments(normed[cell == i], out[cell == i], weight[cell == i]) for i in range(n)]
     of_all = [OTHERS * sum(parts) for parts in zip(*own)]
     maps = [fit_map(squares + of_all[0], products + of_all[1], rank) for squares, products in own]

@@ -177,7 +177,7 @@ def parse_args(argv):
     add("--text", nargs="+", required=True, metavar="FILE", help='plain text or JSON lines with a key "text"')
     add("--tokens", type=common.positive, default=12288, metavar="N", help="of text to work on (default 12288)")
     add("--maps", type=common.positive, default=16, metavar="N", help="to choose from, per layer (default 16)")
-    add("--rank", type=common.positive, default=64, metavar="R", help="of a map (default 64)")
+    add("--rank", type=int, default=64, metavar="R", help="of a map (default 64); 0: nothing stands in, to compare")
     add("--out", metavar="FILE", help="default: standins.safetensors beside the checkpoint")
     return parser.parse_args(argv)
 
@@ -188,8 +188,8 @@ def main(argv=None):
     out = Path(options.out) if options.out else common.fitted_path(ckpt)
     common.check_outputs(out)
     tokenizer, model = load_checkpoint(ckpt, common.find_device(options.device), options.dtype)
-    if options.rank > model.args.dim:
-        raise ValueError(f"--rank {options.rank} is more than the model's width {model.args.dim}")
+    if not 0 <= options.rank <= model.args.dim:
+        raise ValueError(f"--rank {options.rank} is not from 0 to the model's width {model.args.dim}")
     windows, text_held, chat_held = gather(model, tokenizer, options)
     fitted = fit_twice(model, windows, options.maps, options.rank, options.seed)
     parts = ready(fitted, model.tok_embeddings.weight.dtype)

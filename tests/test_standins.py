@@ -145,6 +145,26 @@ def test_no_token_skips_more_than_its_cap_and_none_within_the_warm_up():
     assert (skipped[:, 3:] == 2).all() and (skipped[:, :3] == 0).all()
 
 
+def test_of_rank_0_nothing_stands_in():
+    """Neither in one pass nor token by token."""
+    model = tiny_model()
+    maps = fit_standins.fit_maps(torch.randn(9, model.args.dim), None, None, None, n=4, rank=0)
+    parts = dict(zip(("down", "up", "mean"), [part.expand(model.args.n_layers, *part.shape) for part in maps]))
+    policy = standins.StandIns(standins.ready(random_fit(model) | parts, torch.float32), 0.0, 100, warm_up_index=2)
+    tokens, trace = text(model), Trace()
+    out = model(tokens, policy=policy, trace=trace)
+
+    def without(layers, x, step):
+        for layer in layers:
+            x = layer.add_feed_forward(layer.add_attention(x, step), step, active=trace.ran[layer.layer_id])
+        return x
+
+    assert 0.1 < trace.ffn_skip_ratio(2) < 0.9 and close(out, model(tokens, policy=without))
+    row = tokens[:1]
+    alone = model(row, policy=policy)
+    assert close(run(model, row, chunks=1, cache=new_cache(model, 1), policy=policy), alone)
+
+
 def test_what_stands_in_is_the_low_rank_map():
     model = tiny_model(n_layers=1)
     policy, tokens = make_policy(model, math.inf), text(model, 1, 4)
