@@ -18,7 +18,7 @@ PARTS = "down", "up", "mean", "centre", "probe", "bias"
 WARM_UP_INDEX = 25
 DRAWS = 2  # of labels; with one, what is harmless by chance hides what is so by nature
 TEMPERATURE = 2.0  # of the labels: confident text, such as a greedy answer, is not free to skip
-OTHERS = 0.02  # what a token of another cell weighs in the fit of a cell's map
+OTHERS = 0.02  # what a token of any cell adds to the fit of a cell's map, where the cell's own weigh 1
 DESIGN = 0.25  # the share that skips while layers are fitted, each on the states that the ones before leave
 
 REQUESTS = [  # with a sentence of the text, what the model is asked for chat to fit on
@@ -79,7 +79,7 @@ def nearest(x, centre, offset):
 
 
 def fit_maps(normed, out, weight, cell, n, rank):
-    """fit_map for each of n cells, stacked: a cell's own tokens, and with the weight OTHERS all. Rank 0: of zeros."""
+    """fit_map for each of n cells, stacked: its own tokens, and all tokens with weight OTHERS. Rank 0: of zeros."""
     if rank == 0:
         dim = normed.size(1)
         return [normed.new_zeros(n, *shape) for shape in ((0, dim), (dim, 0), (dim,))]
@@ -105,10 +105,10 @@ def fit_probe(normed, harm, weight, held):
         excess = (y / (x @ slope + bias).exp() - 1).clamp(max=5) * weight  # no single token tells more than that
         step = x.T @ excess - penalty * slope
         slope, bias = slope + torch.cholesky_solve(step[:, None], factor)[:, 0], bias + excess.sum()
-    order = (normed[held] @ slope).sort()
-    predicted = torch.stack([part.mean() for part in order.values.tensor_split(10)])
-    true = torch.stack([part.mean().log() for part in harm[held][order.indices].tensor_split(10)])
-    tilt = ((predicted - predicted.mean()) * (true - true.mean())).sum() / predicted.var(correction=0) / 10
+    order, n = (normed[held] @ slope).sort(), min(10, held.sum().item())
+    predicted = torch.stack([part.mean() for part in order.values.tensor_split(n)])
+    true = torch.stack([part.mean().log() for part in harm[held][order.indices].tensor_split(n)])
+    tilt = ((predicted - predicted.mean()) * (true - true.mean())).mean() / predicted.var(correction=0)
     tilt = tilt.clamp(min=0.1)
     return tilt * slope, true.mean() - tilt * predicted.mean()
 
@@ -168,7 +168,7 @@ def fit(model, windows, gradient, n, rank, log_budget=-math.inf):
     """
     Fit n maps for every layer in turn: (tensors by PARTS, predicted log harm (layer, tokens)). With a budget, later
     layers see the states that earlier stand-ins leave, and each is fitted again with the tokens that skip counted five
-    times. Every fifth window is kept for the line that turns the probe's scores into nats.
+    times. Every fifth window is held: only the line that mends the probe's scale is fitted to it.
     """
     fitted, predictions = {name: [] for name in PARTS}, []
     states = [model.tok_embeddings(as_tokens(model, ids)) for ids, _ in windows]
@@ -209,9 +209,10 @@ def fit(model, windows, gradient, n, rank, log_budget=-math.inf):
 
 
 def fit_twice(model, windows, n, rank, seed):
-    """The tensors of fit: first on a quarter of the windows without skipping, which tells the budget for DESIGN."""
+    """The tensors of fit: first on a part of the windows without skipping, which tells the budget for DESIGN."""
     gradient = gradients(model, windows, seed)
-    _, predictions = fit(model, windows[::4], [g[::4] for g in gradient], n, rank)
+    every = min(4, max(1, len(windows) // 10))  # ten at least, so that some are held
+    _, predictions = fit(model, windows[::every], [g[::every] for g in gradient], n, rank)
     fitted, _ = fit(model, windows, gradient, n, rank, predictions.flatten()[::7].quantile(DESIGN).item())
     dtype = model.tok_embeddings.weight.dtype
     return fitted | {name: fitted[name].to(dtype) for name in ("down", "up", "mean", "centre")}
@@ -222,12 +223,14 @@ def chat_windows(model, tokenizer, text, n, n_new=192):
     sentences = [re.split(r"(?<=[.!?])\s", line.strip())[0] for line in text.split("\n")]
     sentences = [sentence for sentence in sentences if 20 < len(sentence) < 200]
     windows, prompts, batch = [], [], 16
+    longest = model.args.max_seq_len - WARM_UP_INDEX - 10
     for i, sentence in enumerate(sentences[:: max(1, len(sentences) // n)][:n]):
         try:
             message = REQUESTS[i % len(REQUESTS)].format(sentence)
             prompts.append(tokenizer.chat([dict(role="user", content=message)]))
         except ValueError:  # no chat template: a model that goes on writing
             prompts.append(tokenizer.encode(sentence))
+    prompts = [prompt for prompt in prompts if len(prompt) <= longest]
     for start in range(0, len(prompts), batch):
         windows += written_windows(model, prompts[start : start + batch], n_new, 0, 0.0, tokenizer.eos_ids)
     return [(ids, prompt_len) for ids, prompt_len in windows if len(ids) - prompt_len > WARM_UP_INDEX + 9]

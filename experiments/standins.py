@@ -29,6 +29,8 @@ from generate import load as load_checkpoint
 from measuring import as_windows, bring_to, quality, quality_table, skip_ratio
 from one_row import is_one_row, linear
 
+MAP = "down", "up", "mean", "centre", "offset"  # the parts of a fit that stand in
+
 
 class StandIns:
     """
@@ -73,7 +75,7 @@ class StandIns:
 
     def stand_in(self, layer, h):
         """temp: h, (..., dim), and the map that stands in for the layer's block."""
-        down, up, mean, centre, offset = (self.fitted[name][layer.layer_id] for name in (*PARTS[:4], "offset"))
+        down, up, mean, centre, offset = (self.fitted[name][layer.layer_id] for name in MAP)
         normed = layer.ffn_norm(h)
         cell = nearest(normed.float(), centre, offset)  # (...)
         if is_one_row(h):
@@ -109,8 +111,8 @@ def make(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
     Raises ValueError without a fit of this model.
     """
     if fitted is None:
-        raise ValueError("policy standins needs a fit of this checkpoint: python experiments/standins.py --text FILE "
-                         "makes one, and --standins FILE names one that lies elsewhere")
+        raise ValueError("policy standins needs a fit of this checkpoint: python experiments/standins.py --ckpt ... "
+                         "--text FILE makes one, and --standins FILE names one that lies elsewhere")
     parts, about = load(fitted, model)
     warm_up_index = WARM_UP_INDEX if warm_up_index is None else warm_up_index
     if tokens is not None:
@@ -148,7 +150,8 @@ def load(path, model):
         n_layers, dim = parts["probe"].shape
         budgets = about["budgets"]
     except (OSError, SafetensorError, AttributeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: no fit of experiments/standins.py: {common.first_line(error)}") from None
+        problem = common.first_line(error)
+        raise ValueError(f"{path}: no fit of experiments/standins.py of this version ({problem})") from None
     if (n_layers, dim) != (model.args.n_layers, model.args.dim) or not budgets:
         raise ValueError(f"{path}: fitted for {n_layers} layers of width {dim}, and this model has "
                          f"{model.args.n_layers} of {model.args.dim}")
@@ -196,7 +199,7 @@ def main(argv=None):
     budgets, search = [], {}
     for skip in common.progress([0.05, 0.1, 0.15, 0.2, 0.25, 0.3], "budgets"):
         log_budget = at_ratio(model, parts, skip, cap(model, skip), chat_held, **search).log_budget
-        search = dict(low=-log_budget - 1, high=-log_budget)  # for the next one, which is larger
+        search = dict(low=-log_budget - 2, high=-log_budget + 1)  # for the next one, which is mostly larger
         budgets.append([skip, log_budget])
     reference, measured = {}, {}
     tried = {"dense": -math.inf, "budget of 15 % of chat": budgets[2][1], "budget of 25 % of chat": budgets[4][1]}

@@ -188,6 +188,7 @@ def test_a_fit_brings_a_policy_to_its_ratio_and_does_less_harm_than_leaving_bloc
     file = write_fit(tmp_path / "f.safetensors", model, fitted, [[0.1, -9.0], [0.3, -7.0]])
     tokens = text(model, 4, 60)
     policy = standins.make(model, 0.3, tokens=tokens, fitted=file)
+    assert all(part.isfinite().all() for part in fitted.values())
     trace = Trace()
     skipping = model(tokens, policy=policy, trace=trace)
     assert trace.ffn_skip_ratio(25) == pytest.approx(0.3, abs=0.02)
