@@ -220,4 +220,4 @@ def test_mistakes_are_one_line(run, endpoint, tmp_path, capsys):
 def test_without_the_package_it_says_so(run, endpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     good = arguments(run.folder, tmp_path / "question.jsonl", endpoint)
-    assert "pip install openai" in mistake(capsys, judge.main, *good)
+    assert "make eval" in mistake(capsys, judge.main, *good)

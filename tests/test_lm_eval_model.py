@@ -173,4 +173,4 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, monkeypatch):
     assert "required: --tasks" in mistake(capsys, lm_eval_model.main)
     assert "--nosuch" in mistake(capsys, lm_eval_model.main, "--tasks", "animals", "--nosuch", "1")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert "pip install lm_eval" in mistake(capsys, lm_eval_model.main, "--tasks", "animals")
+    assert "make eval" in mistake(capsys, lm_eval_model.main, "--tasks", "animals")
