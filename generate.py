@@ -350,11 +350,11 @@ def main(argv=None):
         return 0  # the first process tells what they have done together
     reports = [generation.report() for generation in generations]
     extra = comparison(generations, reports, model) if options.compare else {}
-    if options.trace and options.trace.endswith((".html", ".htm")):
-        write_page(options.trace, generations, prompts)
-    elif options.trace:
-        write_trace(options.trace, generations[-1])
     if options.trace:
+        if options.trace.endswith((".html", ".htm")):
+            write_page(options.trace, generations, prompts)
+        else:
+            write_trace(options.trace, generations[-1])
         print(f"[trace written to {options.trace}]", file=sys.stderr)
     if options.json:
         used = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_p", "seed")}

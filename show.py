@@ -164,11 +164,9 @@ def summary(report):
     """One line for people."""
     tokens = report["new_tokens"] if isinstance(report["new_tokens"], int) else sum(report["new_tokens"])
     gigabytes = report["peak_memory_bytes"] and report["peak_memory_bytes"] / 1e9
-    skipped = "FFN blocks skipped past the warm-up "
+    skipped = f"FFN blocks skipped past the warm-up {number(report['ffn_skip_ratio'], '{:.1%}')}"
     if report["ffn_skip_ratio"] is None:
-        skipped += "- (no token is past it)"
-    else:
-        skipped += f"{report['ffn_skip_ratio']:.1%}"
+        skipped += " (no token is past it)"
     if report["planned_skip_ratio"] is not None:
         skipped += f" (planned {report['planned_skip_ratio']:.1%})"
     return (

@@ -62,13 +62,13 @@ def find_centres(x, n, steps=12):
     """(n, dim): k-means of x (tokens, dim), from n tokens drawn at random (Lloyd 1982)."""
     centre = x[torch.randperm(len(x))[:n]]
     for _ in range(steps):
-        cell = nearest(x, centre, offset(centre))
+        cell = nearest(x, centre, centre_offset(centre))
         for i in cell.unique():
             centre[i] = x[cell == i].mean(0)
     return centre
 
 
-def offset(centre):
+def centre_offset(centre):
     """(..., n) that makes nearest() of a product: |x - c|^2 = |x|^2 - 2 (x . c - |c|^2 / 2)."""
     return -centre.square().sum(-1) / 2
 
@@ -76,6 +76,13 @@ def offset(centre):
 def nearest(x, centre, offset):
     """Of x (..., dim), the index (...) of the nearest centre."""
     return F.linear(x, centre, offset).argmax(-1)
+
+
+def add_maps(out, normed, cell, down, up):
+    """out, (..., dim), to which the map of its cell (...) of every input in normed (..., dim) is added in place."""
+    for i in cell.unique().tolist():
+        out[cell == i] += F.linear(F.linear(normed[cell == i], down[i]), up[i])
+    return out
 
 
 def fit_maps(normed, out, weight, cell, n, rank):
@@ -187,12 +194,10 @@ def fit(model, windows, gradient, n, rank, log_budget=-math.inf):
         g, normed, out = torch.cat(g).float(), torch.cat(normed).float(), torch.cat(out).float()
         weight = torch.ones(len(normed), device=normed.device)
         centre = find_centres(normed[~held], n)
-        cell = nearest(normed, centre, offset(centre))
+        cell = nearest(normed, centre, centre_offset(centre))
         for _ in range(1 if log_budget == -math.inf else 2):
             down, up, mean = fit_maps(normed[~held], out[~held], weight[~held], cell[~held], len(centre), rank)
-            error = mean[cell] - out
-            for i in cell.unique():
-                error[cell == i] += normed[cell == i] @ down[i].T @ up[i].T
+            error = add_maps(mean[cell] - out, normed, cell, down, up)
             harm = torch.einsum("td,tkd->tk", error, g).square().mean(1) / 2 + 1e-12
             probe, bias = fit_probe(normed, harm, weight, held)
             prediction = normed @ probe + bias

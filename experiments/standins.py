@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = str(HERE), str(HERE.parent)  # common.py opens this file by its path
 
-from fit_standins import PARTS, WARM_UP_INDEX, fit_twice, gather, nearest, offset
+from fit_standins import PARTS, WARM_UP_INDEX, add_maps, centre_offset, fit_twice, gather, nearest
 
 import common
 from generate import load as load_checkpoint
@@ -81,10 +81,7 @@ class StandIns:
         if is_one_row(h):
             i = cell.item()
             return h + linear(linear(normed, down[i]), up[i]) + mean[i]
-        temp = h + mean[cell]
-        for i in cell.unique().tolist():
-            temp[cell == i] += linear(linear(normed[cell == i], down[i]), up[i])
-        return temp
+        return add_maps(h + mean[cell], normed, cell, down, up)
 
     def add_feed_forward(self, layer, h, step, active=None):
         """The layer's own, except that a map stands in for it where not active."""
@@ -164,8 +161,8 @@ def ready(parts, dtype):
     """The tensors of a fit as StandIns wants them: a list of one tensor per layer each, and the bias as numbers."""
     maps = {name: list(parts[name].to(dtype)) for name in ("down", "up", "mean")}
     centre = parts["centre"].float()
-    tests = dict(centre=list(centre), offset=list(offset(centre)), probe=list(parts["probe"]))
-    return maps | tests | dict(bias=parts["bias"].tolist())
+    choice = dict(centre=list(centre), offset=list(centre_offset(centre)))
+    return maps | choice | dict(probe=list(parts["probe"]), bias=parts["bias"].tolist())
 
 
 def fingerprint(model):
