@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from one_row import Linear, RMSNorm, linear, products, scaled_dot_product_attention
+from one_row import Linear, RMSNorm, as_row, linear, products, scaled_dot_product_attention
 
 
 @dataclass
@@ -87,6 +87,7 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.written = torch.zeros(args.n_layers, batch_size, max_seq_len, dtype=torch.bool)  # on the host
         self.pad = torch.zeros(batch_size, dtype=torch.long)  # columns of left padding in each row, on the host
+        self.freqs_cis = precompute_freqs_cis(torch.arange(max_seq_len)[None], args, device)  # (1, 100, 1, 32)
         self.length = 0  # columns filled so far: where the next token goes
         self.args, self.max_seq_len, self.scratch = args, max_seq_len, None  # scratch: one_row.py's
 
@@ -98,7 +99,10 @@ class KVCache:
             keep = active[:, None, :, None].to(k.device)  # (batch, seq) -> (batch, 1, seq, 1)
             k, v = torch.where(keep, k, all_k[:, :, start:]), torch.where(keep, v, all_v[:, :, start:])
         all_k[:, :, start:], all_v[:, :, start:] = k, v
-        self.written[layer_id, :, start:end] |= active is None or active
+        if active is None:
+            self.written[layer_id, :, start:end] = True
+        else:
+            self.written[layer_id, :, start:end] |= active
         return all_k, all_v
 
     def complete(self):
@@ -128,7 +132,7 @@ class KVCache:
             raise ValueError(f"{self.length} + {seq} tokens are more than the cache's max_seq_len {self.max_seq_len}")
         if self.k.size(1) != batch or self.k.dtype != weight.dtype:
             raise ValueError(f"a cache of {len(self.pad)} rows, {self.k.dtype}, does not fit {batch}, {weight.dtype}")
-        if self.length and (pad != self.pad).any():
+        if self.length and pad is not self.pad and (pad != self.pad).any():
             raise ValueError("left padding cannot change once the cache holds tokens")
 
 
@@ -155,14 +159,15 @@ class Attention(nn.Module):
         self.wo = Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
     def write_kv(self, x, step, active=None):
-        """Write the keys and values of x, (batch, seq, dim) after its norm; return the layer's, from column 0 on."""
-        heads = (*x.shape[:2], self.args.n_kv_heads, self.args.head_dim)
+        """Write the keys and values of x, as in forward, and return the layer's, from column 0 on."""
+        heads = (*step.positions.shape, self.args.n_kv_heads, self.args.head_dim)
         k = apply_rotary_emb(self.wk(x).view(heads), step.freqs_cis)  # (1, 1, 192) -> (1, 1, 3, 64)
         v = self.wv(x).view(heads)
         return step.cache.write(self.layer_id, k.transpose(1, 2), v.transpose(1, 2), active)  # (1, 3, 100, 64)
 
     def forward(self, x, step, active=None):
-        batch, seq, _ = x.shape
+        """What is added to the residual stream, shaped as x: its norm, (batch, seq, dim) or, of one row, (dim,)."""
+        batch, seq = step.positions.shape
         n_heads, n_kv_heads, head_dim = self.args.n_heads, self.args.n_kv_heads, self.args.head_dim
         k, v = self.write_kv(x, step, active)
         q = apply_rotary_emb(self.wq(x).view(batch, seq, n_heads, head_dim), step.freqs_cis)  # -> (1, 1, 9, 64)
@@ -170,7 +175,7 @@ class Attention(nn.Module):
         q = q.transpose(1, 2).reshape(batch, n_kv_heads, -1, head_dim)
         out = scaled_dot_product_attention(q, k, v, step.mask, step.cache)
         out = out.reshape(batch, n_heads, seq, head_dim).transpose(1, 2)  # back: (1, 9, 1, 64) -> (1, 1, 9, 64)
-        return self.wo(out.reshape(batch, seq, n_heads * head_dim))  # (1, 1, 576)
+        return self.wo(out.reshape(*x.shape[:-1], n_heads * head_dim))  # -> (576,)
 
 
 class FeedForward(nn.Module):
@@ -183,6 +188,7 @@ class FeedForward(nn.Module):
         self.w3 = Linear(args.dim, args.hidden_dim, bias=False)
 
     def forward(self, x):
+        """What is added to the residual stream, shaped as x: its norm, (batch, seq, dim) or, of one row, (dim,)."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -202,14 +208,14 @@ class Block(nn.Module):
 
     def add_attention(self, x, step, active=None):
         """h = x + attention. With `active`, only those tokens enter the cache, and h of the others means nothing."""
-        return x + self.attention(self.attention_norm(x), step, active)
+        return x + self.attention(self.attention_norm(as_row(x)), step, active)
 
     def add_feed_forward(self, h, step, active=None):
         """temp = h + feed_forward. With `active`, the block does not run for the other tokens, whose temp is h."""
         if active is not None and not active.any():
             return h
         if active is None or active.all():
-            temp = h + self.feed_forward(self.ffn_norm(h))
+            temp = h + self.feed_forward(self.ffn_norm(as_row(h)))
         else:
             index = active.flatten().nonzero().squeeze(1).to(h.device, non_blocking=True)  # (active tokens,)
             some = h.flatten(0, 1)[index]  # (batch, seq, dim) -> (batch * seq, dim) -> (active tokens, dim)
@@ -221,7 +227,7 @@ class Block(nn.Module):
 
     def write_kv(self, x, step, active=None):
         """Write only the keys and values that add_attention would have written."""
-        self.attention.write_kv(self.attention_norm(x), step, active)
+        self.attention.write_kv(self.attention_norm(as_row(x)), step, active)
 
     def forward(self, x, step):
         return self.add_feed_forward(self.add_attention(x, step), step)
@@ -245,8 +251,9 @@ class Transformer(nn.Module):
 
     def logits(self, x):
         """fp32 logits (batch, seq, vocab) of the residual stream x (batch, seq, dim), at any depth."""
-        x = self.norm(x)
-        return (linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)).float()
+        row = self.norm(as_row(x))  # (1, 1, 576) -> (576,)
+        out = linear(row, self.tok_embeddings.weight) if self.output is None else self.output(row)
+        return out.view(*x.shape[:-1], -1).float()  # (49152,) -> (1, 1, 49152)
 
     @torch.no_grad()
     def forward(self, tokens, cache=None, policy=None, prompt_len=0, pad=None, trace=None, last_only=False):
@@ -269,7 +276,7 @@ class Transformer(nn.Module):
         with products(tokens, weight):
             with torch.inference_mode():  # less bookkeeping than no_grad; the logits, outside, remain plain tensors
                 x = self.tok_embeddings(tokens)  # (1, 1) -> (1, 1, 576)
-                x = (policy or dense)(self.layers, x, step)
+                x = (policy or dense)(list(self.layers), x, step)  # a plain list, since it is sliced
             if x is None:
                 raise ValueError("the policy returned nothing: it must return x")
             cache.length += tokens.size(1)
@@ -283,7 +290,7 @@ class Transformer(nn.Module):
         if trace is not None:
             trace.begin(self.args.n_layers, token_index, real=positions >= 0)
         positions = positions.clamp(min=0)
-        freqs_cis = precompute_freqs_cis(positions, self.args, tokens.device)
+        freqs_cis = cache.freqs_cis[0, positions]  # (100, 1, 32) -> (1, 1, 1, 32)
         mask = None
         if len(columns) > 1 or cache.pad.any():
             mask = causal_mask(columns, cache.pad, self.args.n_heads // self.args.n_kv_heads).to(tokens.device)

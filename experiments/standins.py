@@ -27,7 +27,7 @@ from fit_standins import PARTS, WARM_UP_INDEX, add_maps, centre_offset, fit_twic
 import common
 from generate import load as load_checkpoint
 from measuring import as_windows, bring_to, quality, quality_table, skip_ratio
-from one_row import is_one_row, linear
+from one_row import as_row, is_one_row, linear
 
 MAP = "down", "up", "mean", "centre", "offset"  # the parts of a fit that stand in
 
@@ -76,9 +76,9 @@ class StandIns:
     def stand_in(self, layer, h):
         """temp: h, (..., dim), and the map that stands in for the layer's block."""
         down, up, mean, centre, offset = (self.fitted[name][layer.layer_id] for name in MAP)
-        normed = layer.ffn_norm(h)
+        normed = layer.ffn_norm(as_row(h))
         cell = nearest(normed.float(), centre, offset)  # (...)
-        if is_one_row(h):
+        if normed.dim() == 1:
             i = cell.item()
             return h + linear(linear(normed, down[i]), up[i]) + mean[i]
         return add_maps(h + mean[cell], normed, cell, down, up)
