@@ -160,6 +160,7 @@ def load(path, model):
 def ready(parts, dtype):
     """The tensors of a fit as StandIns wants them: a list of one tensor per layer each, and the bias as numbers."""
     maps = {name: list(parts[name].to(dtype)) for name in ("down", "up", "mean")}
+    maps["up"] = [up.mT.contiguous().mT for up in maps["up"]]  # by columns: its rows of r are too short to be read fast
     centre = parts["centre"].float()
     choice = dict(centre=list(centre), offset=list(centre_offset(centre)))
     return maps | choice | dict(probe=list(parts["probe"]), bias=parts["bias"].tolist())
