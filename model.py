@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from one_row import Linear, RMSNorm, as_row, linear, products, scaled_dot_product_attention
+from one_row import Linear, RMSNorm, as_row, keep_at_hand, linear, products, scaled_dot_product_attention
 
 
 @dataclass
@@ -157,6 +157,7 @@ class Attention(nn.Module):
         self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        keep_at_hand(self)
 
     def write_kv(self, x, step, active=None):
         """Write the keys and values of x, as in forward, and return the layer's, from column 0 on."""
@@ -186,6 +187,7 @@ class FeedForward(nn.Module):
         self.w1 = Linear(args.dim, args.hidden_dim, bias=False)
         self.w2 = Linear(args.hidden_dim, args.dim, bias=False)
         self.w3 = Linear(args.dim, args.hidden_dim, bias=False)
+        keep_at_hand(self)
 
     def forward(self, x):
         """What is added to the residual stream, shaped as x: its norm, (batch, seq, dim) or, of one row, (dim,)."""
@@ -205,6 +207,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        keep_at_hand(self)
 
     def add_attention(self, x, step, active=None):
         """h = x + attention. With `active`, only those tokens enter the cache, and h of the others means nothing."""

@@ -50,6 +50,14 @@ def linear(x, weight):
     return F.linear(x, weight) if x.dim() > 1 or way in (None, "linear") else torch.mv(weight, x)
 
 
+def keep_at_hand(module):
+    """
+    Let module.NAME be found at once for each of its modules. nn.Module's own search, 20 times per layer, takes 5 % of a
+    small model's token, and its modules are half of that. One that is assigned anew is found by the search again.
+    """
+    module.__dict__.update(module._modules)
+
+
 class Linear(nn.Linear):
     def forward(self, x):
         return linear(x, self.weight)

@@ -102,13 +102,17 @@ class Planned(FFNSkip):
         n_layers, nothing = len(plan[0]), [False] * len(plan[0][0])
         super().__init__(0, n_layers, sim_threshold=0.5, warm_up_index=-1, k=1)
         self.monitored = monitored
-        self.scores = [token[1:] + [nothing] for token in plan]  # True, which is 1, before a block that is left out
+        self.plan = [token[1:] + [nothing] for token in plan]  # True, which is 1, before a block that is left out
+
+    def generate_with_skip_model(self, layers, input_state, step, full):
+        self.scores = self.plan[step.token_index[0, 0].item()]
+        return super().generate_with_skip_model(layers, input_state, step, full)
 
     def cosine(self, h, temp, layer, step, skip_state):
         """One score per row, which reaches the threshold where the plan leaves the next block out."""
         if self.monitored:
             super().cosine(h, temp, layer, step, skip_state)
-        return self.scores[int(step.token_index[0, 0])][layer.layer_id]
+        return self.scores[layer.layer_id]
 
 
 class PlannedStandIns(StandIns):
@@ -122,9 +126,13 @@ class PlannedStandIns(StandIns):
         fitted["centre"] = torch.randn(n_layers, n, dim).to(weight.device)  # so that tokens choose different ones
         super().__init__(ready(fitted, weight.dtype), 0.0, n_layers, warm_up_index=-1)
 
+    def __call__(self, layers, x, step):
+        self.skips = self.plan[max(0, step.token_index[0, 0].item())]  # the prompt, below 0, skips nothing
+        return super().__call__(layers, x, step)
+
     def decide(self, h, layer, step, left):
         super().decide(h, layer, step, left)
-        return self.plan[int(step.token_index[0, 0])][layer.layer_id]
+        return self.skips[layer.layer_id]
 
     def bytes_read(self, ffn_run):
         """Of a step that runs the share ffn_run of the feed-forward blocks: all probes, and of the rest the

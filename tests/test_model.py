@@ -1,10 +1,12 @@
 """The dense model: what a reader of model.py may rely on, whatever the sizes, the batch and the chunks."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import NaiveLlama, add, chunkings, close, is_real, models, poisoned_cache, run, texts, tiny_model
@@ -267,6 +269,30 @@ def test_a_policy_gets_the_layers_the_embeddings_and_the_step(data):
     assert torch.equal(run(model, tokens, chunks, pad=pad, policy=dense), run(model, tokens, chunks, pad=pad))
 
 
+class Nothing(nn.Module):
+    def forward(self, x):
+        return 0 * x
+
+
+def test_a_part_that_is_replaced_is_the_one_that_runs():
+    """Though one_row.py keeps parts at hand; and the parts of a copy are its own."""
+
+    def attention_only(layers, x, step):
+        for layer in layers:
+            x = layer.add_attention(x, step)
+        return x
+
+    model, tokens = tiny_model(), torch.tensor([[3, 1, 2]])
+    before, copied = model(tokens), copy.deepcopy(model)
+    for layer in copied.layers:
+        layer.feed_forward = Nothing()
+    assert torch.equal(copied(tokens), model(tokens, policy=attention_only))
+    for layer in copied.layers:
+        layer.attention.wo = Nothing()
+    assert not torch.equal(copied(tokens, policy=attention_only), model(tokens, policy=attention_only))
+    assert torch.equal(model(tokens), before)
+
+
 @given(st.data())
 def test_the_parts_of_a_layer(data):
     """
@@ -297,16 +323,16 @@ def test_the_parts_of_a_layer(data):
 
     for part in layer.write_kv, layer.add_attention:
         for named in None, active:
-            copy = KVCache(model.args, *tokens.shape)
+            other = KVCache(model.args, *tokens.shape)
 
             def only(layers, x, step):
                 part(x, step, named)
                 return x
 
-            model(tokens, copy, policy=only)
+            model(tokens, other, policy=only)
             kept = torch.ones_like(active) if named is None else named
-            assert torch.equal(copy.written[0], kept) and copy.complete() == bool(kept.all())
-            assert close(copy.k, cache.k * kept[:, None, :, None]) and close(copy.v, cache.v * kept[:, None, :, None])
+            assert torch.equal(other.written[0], kept) and other.complete() == bool(kept.all())
+            assert close(other.k, cache.k * kept[:, None, :, None]) and close(other.v, cache.v * kept[:, None, :, None])
 
 
 def test_a_hole_reads_as_zero_key_and_value():
