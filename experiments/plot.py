@@ -113,7 +113,7 @@ def speed(figure, rows):
     kinds = dict.fromkeys(row["kind"] for row in rows if row["ffn_skip_ratio"])
     measured = {(row["kind"], row["variant"]) for row in rows}
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        for name in [name for name in ("fixed", "ffnskip") if (kind, name) in measured]:
+        for name in [name for name in ("standins", "fixed", "ffnskip") if (kind, name) in measured]:
             shown = [row for row in rows if row["kind"] == kind and row["variant"] in ("dense", name)]
             x, y, bound = zip(*sorted((row["ffn_skip_ratio"], row["speedup"], row["speedup_bound"]) for row in shown))
             axes.plot(x, y, "o", color=COLOURS[name], markersize=4, label=name)
@@ -224,10 +224,10 @@ def speed_table(rows, name):
     for row in rows:
         if name.lower() not in row["model"].lower() or row["batch"] != 1:
             continue
-        caption = "{model}: {dtype}, {threads:g} threads of {device}, {columns:g} columns of cache, commit {commit}, "
-        caption += "{versions}"
+        caption = "{model}: {dtype}, {threads:g} threads of {device} that read {read_gb_per_s:.0f} GB/s, "
+        caption += "{columns:g} columns of cache, commit {commit}, {versions}"
         caption = caption.format(**row)
-        if caption != before:
+        if caption != before or row["variant"] == "dense":  # which comes first in every run
             print(f"{caption}:\n" if before is None else f"\n{caption}:\n")
             print("| variant | skipped | tokens/s | speed-up | bound by bytes | of the saving |")
             print("|" + " --- |" * 6)

@@ -36,13 +36,13 @@ shortgpt,0.05,bytes,0.033,0.026,3
 """
 BENCHED = """\
 commit,device,threads,dtype,model,batch,variant,columns,decode_tokens_per_s,ffn_skip_ratio,speedup,speedup_bound,\
-share_of_saving,versions
-abc,CPU,2,bfloat16,Some-7B,1,dense,148,11.34,0,1,1,,torch 2
-abc,CPU,2,bfloat16,Some-7B,1,ffnskip,148,13.66,0.3,1.2047,1.213,1.004,torch 2
-abc,CPU,2,bfloat16,Some-7B,16,ffnskip,148,99,0.5,9,9,9,torch 2
-abc,Other,2,bfloat16,Some-7B,1,dense,148,20,0,1,1,,torch 2
-abc,CPU,2,bfloat16,other,1,dense,148,99,0,1,1,,torch 2
-abc,CPU,2,bfloat16,other,1,ffnskip,148,99,0.2,0.9,1.1,-1.72,torch 2
+share_of_saving,versions,read_gb_per_s
+abc,CPU,2,bfloat16,Some-7B,1,dense,148,11.34,0,1,1,,torch 2,40.6
+abc,CPU,2,bfloat16,Some-7B,1,ffnskip,148,13.66,0.3,1.2047,1.213,1.004,torch 2,40.6
+abc,CPU,2,bfloat16,Some-7B,16,ffnskip,148,99,0.5,9,9,9,torch 2,40.6
+abc,Other,2,bfloat16,Some-7B,1,dense,148,20,0,1,1,,torch 2,40.6
+abc,CPU,2,bfloat16,other,1,dense,148,99,0,1,1,,torch 2,40.6
+abc,CPU,2,bfloat16,other,1,ffnskip,148,99,0.2,0.9,1.1,-1.72,torch 2,40.6
 """
 
 
@@ -168,14 +168,14 @@ def test_the_readme_shows_all_that_is_printed_of_the_authors_logs(capsys, monkey
 
 def test_speeds_are_a_table_of_the_models_of_that_name(folder, capsys):
     assert printed(capsys, folder / "b.csv", "7b") == [
-        "Some-7B: bfloat16, 2 threads of CPU, 148 columns of cache, commit abc, torch 2:",
+        "Some-7B: bfloat16, 2 threads of CPU that read 41 GB/s, 148 columns of cache, commit abc, torch 2:",
         "",
         "| variant | skipped | tokens/s | speed-up | bound by bytes | of the saving |",
         "| --- | --- | --- | --- | --- | --- |",
         "| dense | 0% | 11.3 | 1.00 | 1.00 |  |",
         "| ffnskip | 30% | 13.7 | 1.20 | 1.21 | 100% |",
         "",
-        "Some-7B: bfloat16, 2 threads of Other, 148 columns of cache, commit abc, torch 2:",
+        "Some-7B: bfloat16, 2 threads of Other that read 41 GB/s, 148 columns of cache, commit abc, torch 2:",
         "",
         "| variant | skipped | tokens/s | speed-up | bound by bytes | of the saving |",
         "| --- | --- | --- | --- | --- | --- |",
