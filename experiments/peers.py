@@ -5,6 +5,7 @@ have `rewind` and `forward`, like bench.py's own variants.
 
 import ctypes
 import importlib.util
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -62,6 +63,8 @@ class Transformers:
         self.model = transformers.LlamaForCausalLM(config).to(weight.dtype).eval()
         self.model.load_state_dict(weights, strict=False, assign=True)
         self.model.tie_weights()
+        known = inspect.signature(self.model.forward).parameters  # the cache has another name in older versions
+        self.cache_name = "cache" if "cache" in known else "past_key_values"
 
     def rewind(self):
         self.cache = self.lib.DynamicCache()
@@ -69,7 +72,8 @@ class Transformers:
     @torch.no_grad()
     def forward(self, tokens):
         tokens = tokens.to(self.model.device)
-        logits = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        cache = {self.cache_name: self.cache}
+        logits = self.model(tokens, **cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
         logits.argmax(-1).cpu()
         return logits
 
