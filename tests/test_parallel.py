@@ -39,7 +39,7 @@ def look(path):
     """What a process sees of a checkpoint: logits of two rows and of a text that it writes, decisions, and traffic."""
     model, sums, add_up = load_model(path, dtype=torch.float32), [], parallel.dist.all_reduce
     parallel.dist.all_reduce = lambda out: sums.append(add_up(out))
-    policy, trace = FFNSkip(0, model.args.n_layers, 0.75, warm_up_index=-1, k=1), Trace(cosines=True)
+    policy, trace = FFNSkip(0, model.args.n_layers, 0.7, warm_up_index=-1, k=1), Trace(cosines=True)
     tokens = torch.arange(3, 19).view(2, 8)  # two rows, which disagree about what to skip
     cache = KVCache(model.args, 2, 8)
     parts = [model(part, cache, policy, prompt_len=2, trace=trace) for part in tokens.split([4, 1, 1, 2], dim=1)]
