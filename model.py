@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from one_row import Linear, RMSNorm, as_row, keep_at_hand, linear, products, scaled_dot_product_attention
+from one_row import Linear, RMSNorm, as_row, linear, parts, products, scaled_dot_product_attention
 
 
 @dataclass
@@ -66,7 +66,7 @@ def precompute_freqs_cis(positions, args, device):
     """(batch, seq, 1, head_dim / 2) complex64: e^(i angle) at positions (batch, seq), per pair of a head (RoFormer)."""
     freqs = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)  # (32,)
     freqs = freqs / torch.tensor(args.freq_factors or 1.0)  # (32,)
-    angles = positions[:, :, None, None] * freqs  # (1, 1, 1, 32)
+    angles = positions[:, :, None, None] * freqs  # (1, 100) -> (1, 100, 1, 1) -> (1, 100, 1, 32)
     return torch.polar(torch.ones_like(angles), angles).to(device)
 
 
@@ -87,7 +87,8 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.written = torch.zeros(args.n_layers, batch_size, max_seq_len, dtype=torch.bool)  # on the host
         self.pad = torch.zeros(batch_size, dtype=torch.long)  # columns of left padding in each row, on the host
-        self.freqs_cis = precompute_freqs_cis(torch.arange(max_seq_len)[None], args, device)  # (1, 100, 1, 32)
+        # of every position, found once and not for every token; (1, 100, 1, 32) -> (100, 1, 32)
+        self.freqs_cis = precompute_freqs_cis(torch.arange(max_seq_len)[None], args, device)[0]
         self.length = 0  # columns filled so far: where the next token goes
         self.args, self.max_seq_len, self.scratch = args, max_seq_len, None  # scratch: one_row.py's
 
@@ -125,13 +126,15 @@ class KVCache:
         new.length, new.pad = length, self.pad[:1].expand(batch_size)
         return new
 
-    def check(self, tokens, weight, pad):
-        """Raise ValueError if tokens (batch, seq) of a model with this weight, padded so, cannot be added."""
+    def check(self, tokens, weight, pad, args):
+        """Raise ValueError if tokens (batch, seq) of a model with this weight and args, padded so, cannot be added."""
         batch, seq = tokens.shape
         if self.length + seq > self.max_seq_len:
             raise ValueError(f"{self.length} + {seq} tokens are more than the cache's max_seq_len {self.max_seq_len}")
         if self.k.size(1) != batch or self.k.dtype != weight.dtype:
             raise ValueError(f"a cache of {len(self.pad)} rows, {self.k.dtype}, does not fit {batch}, {weight.dtype}")
+        if self.args != args:
+            raise ValueError("a cache of another model, with other sizes or rotary factors, does not fit")
         if self.length and pad is not self.pad and (pad != self.pad).any():
             raise ValueError("left padding cannot change once the cache holds tokens")
 
@@ -150,6 +153,8 @@ class Step:
 
 
 class Attention(nn.Module):
+    wq, wk, wv, wo = parts("wq", "wk", "wv", "wo")
+
     def __init__(self, args, layer_id):
         super().__init__()
         self.args, self.layer_id = args, layer_id
@@ -157,17 +162,19 @@ class Attention(nn.Module):
         self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim, bias=False)
-        keep_at_hand(self)
 
     def write_kv(self, x, step, active=None):
-        """Write the keys and values of x, as in forward, and return the layer's, from column 0 on."""
+        """Write the keys and values of x, which is as in `forward`; return the layer's, from column 0 on."""
         heads = (*step.positions.shape, self.args.n_kv_heads, self.args.head_dim)
-        k = apply_rotary_emb(self.wk(x).view(heads), step.freqs_cis)  # (1, 1, 192) -> (1, 1, 3, 64)
+        k = apply_rotary_emb(self.wk(x).view(heads), step.freqs_cis)  # (192,) -> (1, 1, 3, 64)
         v = self.wv(x).view(heads)
         return step.cache.write(self.layer_id, k.transpose(1, 2), v.transpose(1, 2), active)  # (1, 3, 100, 64)
 
     def forward(self, x, step, active=None):
-        """What is added to the residual stream, shaped as x: its norm, (batch, seq, dim) or, of one row, (dim,)."""
+        """
+        What is added to the residual stream, of the shape of x, which is that stream after its norm: (batch, seq, dim),
+        or a vector (dim,) in a pass of one row on a CPU.
+        """
         batch, seq = step.positions.shape
         n_heads, n_kv_heads, head_dim = self.args.n_heads, self.args.n_kv_heads, self.args.head_dim
         k, v = self.write_kv(x, step, active)
@@ -182,15 +189,16 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020): three matrices, two thirds of a layer's parameters; what FFN-SkipLLM leaves out."""
 
+    w1, w2, w3 = parts("w1", "w2", "w3")
+
     def __init__(self, args):
         super().__init__()
         self.w1 = Linear(args.dim, args.hidden_dim, bias=False)
         self.w2 = Linear(args.hidden_dim, args.dim, bias=False)
         self.w3 = Linear(args.dim, args.hidden_dim, bias=False)
-        keep_at_hand(self)
 
     def forward(self, x):
-        """What is added to the residual stream, shaped as x: its norm, (batch, seq, dim) or, of one row, (dim,)."""
+        """What is added to the residual stream, of the shape of x: that stream after its norm, (..., dim)."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -198,7 +206,12 @@ class Block(nn.Module):
     """
     One layer, in the parts that a policy may call. x, h, temp: (batch, seq, dim), the residual stream before the
     attention, between the blocks, and after the feed-forward block. active: (batch, seq) bool on the host; None: all.
+
+    What is put in the place of attention, feed_forward or a norm, or hooked to them, must take vectors (dim,) as well,
+    since that is what goes through them in a pass of one row on a CPU; and (tokens, dim) where only some are active.
     """
+
+    attention, feed_forward, attention_norm, ffn_norm = parts("attention", "feed_forward", "attention_norm", "ffn_norm")
 
     def __init__(self, args, layer_id):
         super().__init__()
@@ -207,7 +220,6 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
-        keep_at_hand(self)
 
     def add_attention(self, x, step, active=None):
         """h = x + attention. With `active`, only those tokens enter the cache, and h of the others means nothing."""
@@ -254,9 +266,9 @@ class Transformer(nn.Module):
 
     def logits(self, x):
         """fp32 logits (batch, seq, vocab) of the residual stream x (batch, seq, dim), at any depth."""
-        row = self.norm(as_row(x))  # (1, 1, 576) -> (576,)
-        out = linear(row, self.tok_embeddings.weight) if self.output is None else self.output(row)
-        return out.view(*x.shape[:-1], -1).float()  # (49152,) -> (1, 1, 49152)
+        normed = self.norm(as_row(x))  # (1, 1, 576) -> (576,)
+        out = linear(normed, self.tok_embeddings.weight) if self.output is None else self.output(normed)
+        return out.view(*x.shape[:-1], out.size(-1)).float()  # (49152,) -> (1, 1, 49152)
 
     @torch.no_grad()
     def forward(self, tokens, cache=None, policy=None, prompt_len=0, pad=None, trace=None, last_only=False):
@@ -273,13 +285,13 @@ class Transformer(nn.Module):
         if cache is None:
             cache = KVCache(self.args, *tokens.shape, weight.dtype, weight.device)
         pad = cache.pad if pad is None else torch.as_tensor(pad).cpu().view(len(tokens))
-        cache.check(tokens, weight, pad)
+        cache.check(tokens, weight, pad, self.args)
         cache.pad = pad
         step = self.prepare(tokens, cache, prompt_len, trace)
         with products(tokens, weight):
             with torch.inference_mode():  # less bookkeeping than no_grad; the logits, outside, remain plain tensors
                 x = self.tok_embeddings(tokens)  # (1, 1) -> (1, 1, 576)
-                x = (policy or dense)(list(self.layers), x, step)  # a plain list, since it is sliced
+                x = (policy or dense)(list(self.layers), x, step)  # a slice of a ModuleList would be a new one
             if x is None:
                 raise ValueError("the policy returned nothing: it must return x")
             cache.length += tokens.size(1)
@@ -293,7 +305,7 @@ class Transformer(nn.Module):
         if trace is not None:
             trace.begin(self.args.n_layers, token_index, real=positions >= 0)
         positions = positions.clamp(min=0)
-        freqs_cis = cache.freqs_cis[0, positions]  # (100, 1, 32) -> (1, 1, 1, 32)
+        freqs_cis = cache.freqs_cis[positions]  # (100, 1, 32) -> (1, 1, 1, 32)
         mask = None
         if len(columns) > 1 or cache.pad.any():
             mask = causal_mask(columns, cache.pad, self.args.n_heads // self.args.n_kv_heads).to(tokens.device)

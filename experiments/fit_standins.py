@@ -227,7 +227,7 @@ def chat_windows(model, tokenizer, text, n, n_new=192):
     """n windows (ids, prompt_len): REQUESTS about sentences of the text, and the model's greedy answers."""
     sentences = [re.split(r"(?<=[.!?])\s", line.strip())[0] for line in text.split("\n")]
     sentences = [sentence for sentence in sentences if 20 < len(sentence) < 200]
-    windows, prompts, batch = [], [], 16
+    windows, prompts, batch = [], [], 32
     longest = model.args.max_seq_len - WARM_UP_INDEX - 10
     for i, sentence in enumerate(sentences[:: max(1, len(sentences) // n)][:n]):
         try:

@@ -176,7 +176,7 @@ def parse_args(argv):
     common.add_model_arguments(parser)
     add = parser.add_argument
     add("--text", nargs="+", required=True, metavar="FILE", help='plain text or JSON lines with a key "text"')
-    add("--tokens", type=common.positive, default=12288, metavar="N", help="of text to work on (default 12288)")
+    add("--tokens", type=common.positive, default=10240, metavar="N", help="of text to work on (default 10240)")
     add("--maps", type=common.positive, default=16, metavar="N", help="to choose from, per layer (default 16)")
     add("--rank", type=int, default=64, metavar="R", help="of a map (default 64); 0: nothing stands in, to compare")
     add("--out", metavar="FILE", help="default: standins.safetensors beside the checkpoint")

@@ -13,7 +13,7 @@ from tiny import NaiveLlama, add, chunkings, close, is_real, models, poisoned_ca
 
 import model as model_py
 from model import KVCache, ModelArgs, RMSNorm, Transformer, apply_rotary_emb, dense, precompute_freqs_cis
-from one_row import scaled_dot_product_attention
+from one_row import Linear, linear, scaled_dot_product_attention
 from skip import Trace
 
 
@@ -161,10 +161,12 @@ def test_no_cache_is_longer_than_the_model_allows():
         model(torch.zeros(1, 9, dtype=torch.long))
 
 
-@pytest.mark.parametrize("batch, dtype", [(2, torch.float32), (1, torch.bfloat16)])
-def test_a_cache_that_does_not_fit_is_refused(batch, dtype):
+@pytest.mark.parametrize("batch, dtype, other", [
+    (2, torch.float32, {}), (1, torch.bfloat16, {}), (1, torch.float32, dict(rope_theta=100.0)),
+])  # fmt: skip
+def test_a_cache_that_does_not_fit_is_refused(batch, dtype, other):
     model = tiny_model()
-    cache = KVCache(model.args, batch, 8, dtype=dtype)
+    cache = KVCache(tiny_model(**other).args, batch, 8, dtype=dtype)
     with pytest.raises(ValueError, match="does not fit"):
         model(torch.zeros(1, 2, dtype=torch.long), cache)
     assert not cache.written.any() and cache.length == 0
@@ -271,26 +273,75 @@ def test_a_policy_gets_the_layers_the_embeddings_and_the_step(data):
 
 class Nothing(nn.Module):
     def forward(self, x):
-        return 0 * x
+        return 0 * x[..., :1]
 
 
-def test_a_part_that_is_replaced_is_the_one_that_runs():
-    """Though one_row.py keeps parts at hand; and the parts of a copy are its own."""
+class Doubled(Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+REPLACEMENTS = {
+    "assigned": lambda block, new: setattr(block, "w2", new),
+    "added": lambda block, new: block.add_module("w2", new),
+    "in the dictionary": lambda block, new: block._modules.update(w2=new),
+}
+
+
+@pytest.mark.parametrize("replace", REPLACEMENTS.values(), ids=REPLACEMENTS)
+@pytest.mark.parametrize("seq", [1, 3])
+def test_a_part_that_is_replaced_is_the_one_that_runs(replace, seq):
+    """Though one_row.py finds parts by a short cut; and the parts of a copy are its own."""
 
     def attention_only(layers, x, step):
         for layer in layers:
             x = layer.add_attention(x, step)
         return x
 
-    model, tokens = tiny_model(), torch.tensor([[3, 1, 2]])
+    model, tokens = tiny_model(), torch.tensor([[3, 1, 2]])[:, :seq]
     before, copied = model(tokens), copy.deepcopy(model)
     for layer in copied.layers:
-        layer.feed_forward = Nothing()
+        replace(layer.feed_forward, Nothing())
     assert torch.equal(copied(tokens), model(tokens, policy=attention_only))
-    for layer in copied.layers:
-        layer.attention.wo = Nothing()
-    assert not torch.equal(copied(tokens, policy=attention_only), model(tokens, policy=attention_only))
     assert torch.equal(model(tokens), before)
+
+
+@pytest.mark.parametrize("seq", [1, 3])
+def test_a_linear_layer_may_be_changed_as_any_module(seq):
+    """Another forward, by class or by instance, is the one that runs, and hooks of all kinds are called."""
+    model, tokens, called = tiny_model(), torch.tensor([[3, 1, 2]])[:, :seq], []
+    wo, w2 = model.layers[0].attention.wo, model.layers[0].feed_forward.w2
+    before = model(tokens)
+    w2.__class__ = Doubled
+    doubled = model(tokens)
+    w2.__class__ = Linear
+    w2.forward = lambda x: 2 * linear(x, w2.weight)
+    assert torch.equal(model(tokens), doubled) and not close(doubled, before)
+    wo.register_forward_pre_hook(lambda module, inputs: called.append("before"))
+    wo.register_forward_hook(lambda module, inputs, out: called.append("after"))
+    model(tokens)
+    wo.register_full_backward_hook(lambda module, inputs, outs: called.append("back"))
+    wo(torch.ones(1, wo.in_features, requires_grad=True)).sum().backward()
+    assert called == ["before", "after"] * 2 + ["back"]
+
+
+def test_a_policy_of_one_row_may_ask_about_more_states_or_none():
+    """Logits of all layers' states at once, of twice as many rows, and of no token: as in a pass of many tokens."""
+    model, tokens, seen = tiny_model(), torch.tensor([[3]]), []
+
+    def policy(layers, x, step):
+        states = [x]
+        for layer in layers:
+            states.append(layer(states[-1], step))
+        at_once = step.logits(torch.cat(states))
+        seen.extend([at_once, torch.cat([step.logits(state) for state in states])])
+        both = layers[0].add_feed_forward(torch.cat(states[:2]), step)
+        seen.extend([both, torch.cat([layers[0].add_feed_forward(state, step) for state in states[:2]])])
+        assert step.logits(x[:, :0]).shape == (1, 0, model.args.vocab_size)
+        return states[-1]
+
+    model(tokens, policy=policy)
+    assert close(seen[0], seen[1]) and close(seen[2], seen[3])
 
 
 @given(st.data())
