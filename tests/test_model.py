@@ -310,7 +310,7 @@ def test_a_part_that_is_replaced_is_the_one_that_runs(replace, seq):
 def test_a_linear_layer_may_be_changed_as_any_module(seq):
     """Another forward, by class or by instance, is the one that runs, and hooks of all kinds are called."""
     model, tokens, called = tiny_model(), torch.tensor([[3, 1, 2]])[:, :seq], []
-    wo, w2 = model.layers[0].attention.wo, model.layers[0].feed_forward.w2
+    wq, wo, w2 = model.layers[0].attention.wq, model.layers[0].attention.wo, model.layers[0].feed_forward.w2
     before = model(tokens)
     w2.__class__ = Doubled
     doubled = model(tokens)
@@ -320,8 +320,8 @@ def test_a_linear_layer_may_be_changed_as_any_module(seq):
     wo.register_forward_pre_hook(lambda module, inputs: called.append("before"))
     wo.register_forward_hook(lambda module, inputs, out: called.append("after"))
     model(tokens)
-    wo.register_full_backward_hook(lambda module, inputs, outs: called.append("back"))
-    wo(torch.ones(1, wo.in_features, requires_grad=True)).sum().backward()
+    wq.register_full_backward_hook(lambda module, inputs, outs: called.append("back"))
+    wq(torch.ones(1, wq.in_features, requires_grad=True)).sum().backward()
     assert called == ["before", "after"] * 2 + ["back"]
 
 
