@@ -322,7 +322,7 @@ def test_a_linear_layer_may_be_changed_as_any_module(seq):
     model(tokens)
     wq.register_full_backward_hook(lambda module, inputs, outs: called.append("back"))
     wq(torch.ones(1, wq.in_features, requires_grad=True)).sum().backward()
-    assert called == ["before", "after"] * 2 + ["back"]
+    assert called == ["before", "after", "back"]
 
 
 def test_a_policy_of_one_row_may_ask_about_more_states_or_none():
