@@ -104,7 +104,7 @@ class StandIns:
 def make(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
     """
     The StandIns of the file `fitted` that skips the share `skip` of the tokens (batch, seq), if given; else of chat, as
-    found when it was fitted, with a cap of twice the share per token, since free-running text feeds on itself.
+    found when it was fitted, with a cap on what a token may skip, since free-running text feeds on itself.
     Raises ValueError without a fit of this model.
     """
     if fitted is None:
@@ -121,7 +121,9 @@ def make(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
 
 
 def cap(model, skip):
-    return math.ceil(2 * skip * model.args.n_layers)
+    """How many blocks a token may skip at most: ten points more than asked for, so that no text skips more than that."""
+    n_layers = model.args.n_layers
+    return max(math.floor((skip + 0.1) * n_layers), math.ceil(skip * n_layers))  # the second if ten points are no block
 
 
 def at_ratio(model, parts, skip, most, windows, warm_up_index=WARM_UP_INDEX, low=-3.0, high=12.0):

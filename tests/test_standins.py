@@ -201,7 +201,8 @@ def test_a_fit_brings_a_policy_to_its_ratio_and_does_less_harm_than_leaving_bloc
     dense = model(tokens)
     assert (skipping - dense).square().mean() < (model(tokens, policy=without) - dense).square().mean()
     chat = standins.make(model, 0.2, fitted=file)
-    assert chat.log_budget == pytest.approx(-8) and chat.most == 2
+    assert chat.log_budget == pytest.approx(-8) and chat.most == 1
+    assert standins.cap(tiny_model(n_layers=30), 0.15) == 7  # 23 %: no answer is more than ten points off
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
