@@ -121,7 +121,7 @@ def make(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
 
 
 def cap(model, skip):
-    """How many blocks a token may skip at most: ten points more than asked for, so that no text skips more than that."""
+    """How many blocks a token may skip: ten points more than asked for, so that no text skips more than that."""
     n_layers = model.args.n_layers
     return max(math.floor((skip + 0.1) * n_layers), math.ceil(skip * n_layers))  # the second if ten points are no block
 
