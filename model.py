@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from one_row import Linear, RMSNorm, as_row, linear, parts, products, scaled_dot_product_attention
+from one_row import Linear, RMSNorm, as_row, linear, products, scaled_dot_product_attention, with_parts
 
 
 @dataclass
@@ -47,15 +47,8 @@ class ModelArgs:
             hidden_dim = int((self.ffn_dim_multiplier or 1) * int(2 * (4 * self.dim) / 3))
             self.hidden_dim = (hidden_dim + self.multiple_of - 1) // self.multiple_of * self.multiple_of
 
-    @classmethod
-    def named(cls, size, **overrides):
-        """The published LLaMA-2 sizes: "7B", "13B" or "70B"."""
-        if size not in SIZES:
-            raise ValueError(f"no model size {size!r}: choose from {', '.join(SIZES)}")
-        return cls(**SIZES[size], **overrides)
 
-
-SIZES = {
+SIZES = {  # of the published LLaMA-2: ModelArgs(**SIZES["13B"])
     "7B": dict(),
     "13B": dict(dim=5120, n_layers=40, n_heads=40),
     "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3),
@@ -66,7 +59,7 @@ def precompute_freqs_cis(positions, args, device):
     """(batch, seq, 1, head_dim / 2) complex64: e^(i angle) at positions (batch, seq), per pair of a head (RoFormer)."""
     freqs = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)  # (32,)
     freqs = freqs / torch.tensor(args.freq_factors or 1.0)  # (32,)
-    angles = positions[:, :, None, None] * freqs  # (1, 100) -> (1, 100, 1, 1) -> (1, 100, 1, 32)
+    angles = positions[:, :, None, None] * freqs  # (1, 1, 1, 32)
     return torch.polar(torch.ones_like(angles), angles).to(device)
 
 
@@ -87,8 +80,6 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.written = torch.zeros(args.n_layers, batch_size, max_seq_len, dtype=torch.bool)  # on the host
         self.pad = torch.zeros(batch_size, dtype=torch.long)  # columns of left padding in each row, on the host
-        # of every position, found once and not for every token; (1, 100, 1, 32) -> (100, 1, 32)
-        self.freqs_cis = precompute_freqs_cis(torch.arange(max_seq_len)[None], args, device)[0]
         self.length = 0  # columns filled so far: where the next token goes
         self.args, self.max_seq_len, self.scratch = args, max_seq_len, None  # scratch: one_row.py's
 
@@ -99,11 +90,9 @@ class KVCache:
         if active is not None:  # (batch, seq): the other tokens keep what they had, or miss an entry
             keep = active[:, None, :, None].to(k.device)  # (batch, seq) -> (batch, 1, seq, 1)
             k, v = torch.where(keep, k, all_k[:, :, start:]), torch.where(keep, v, all_v[:, :, start:])
+            active = active | self.written[layer_id, :, start:end]
         all_k[:, :, start:], all_v[:, :, start:] = k, v
-        if active is None:
-            self.written[layer_id, :, start:end] = True
-        else:
-            self.written[layer_id, :, start:end] |= active
+        self.written[layer_id, :, start:end] = active is None or active
         return all_k, all_v
 
     def complete(self):
@@ -126,15 +115,13 @@ class KVCache:
         new.length, new.pad = length, self.pad[:1].expand(batch_size)
         return new
 
-    def check(self, tokens, weight, pad, args):
-        """Raise ValueError if tokens (batch, seq) of a model with this weight and args, padded so, cannot be added."""
+    def check(self, tokens, weight, pad):
+        """Raise ValueError if tokens (batch, seq) of a model with this weight, padded so, cannot be added."""
         batch, seq = tokens.shape
         if self.length + seq > self.max_seq_len:
             raise ValueError(f"{self.length} + {seq} tokens are more than the cache's max_seq_len {self.max_seq_len}")
         if self.k.size(1) != batch or self.k.dtype != weight.dtype:
             raise ValueError(f"a cache of {len(self.pad)} rows, {self.k.dtype}, does not fit {batch}, {weight.dtype}")
-        if self.args != args:
-            raise ValueError("a cache of another model, with other sizes or rotary factors, does not fit")
         if self.length and pad is not self.pad and (pad != self.pad).any():
             raise ValueError("left padding cannot change once the cache holds tokens")
 
@@ -152,9 +139,8 @@ class Step:
     logits: object  # x (batch, seq, dim) -> fp32 logits (batch, seq, vocab): the model's final norm and head
 
 
+@with_parts("wq", "wk", "wv", "wo")
 class Attention(nn.Module):
-    wq, wk, wv, wo = parts("wq", "wk", "wv", "wo")
-
     def __init__(self, args, layer_id):
         super().__init__()
         self.args, self.layer_id = args, layer_id
@@ -171,10 +157,7 @@ class Attention(nn.Module):
         return step.cache.write(self.layer_id, k.transpose(1, 2), v.transpose(1, 2), active)  # (1, 3, 100, 64)
 
     def forward(self, x, step, active=None):
-        """
-        What is added to the residual stream, of the shape of x, which is that stream after its norm: (batch, seq, dim),
-        or a vector (dim,) in a pass of one row on a CPU.
-        """
+        """What is added to the residual stream. x, (batch, seq, dim) or one row's (dim,), is that stream's norm."""
         batch, seq = step.positions.shape
         n_heads, n_kv_heads, head_dim = self.args.n_heads, self.args.n_kv_heads, self.args.head_dim
         k, v = self.write_kv(x, step, active)
@@ -186,10 +169,9 @@ class Attention(nn.Module):
         return self.wo(out.reshape(*x.shape[:-1], n_heads * head_dim))  # -> (576,)
 
 
+@with_parts("w1", "w2", "w3")
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020): three matrices, two thirds of a layer's parameters; what FFN-SkipLLM leaves out."""
-
-    w1, w2, w3 = parts("w1", "w2", "w3")
 
     def __init__(self, args):
         super().__init__()
@@ -198,20 +180,15 @@ class FeedForward(nn.Module):
         self.w3 = Linear(args.dim, args.hidden_dim, bias=False)
 
     def forward(self, x):
-        """What is added to the residual stream, of the shape of x: that stream after its norm, (..., dim)."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
+@with_parts("attention", "feed_forward", "attention_norm", "ffn_norm")
 class Block(nn.Module):
     """
     One layer, in the parts that a policy may call. x, h, temp: (batch, seq, dim), the residual stream before the
     attention, between the blocks, and after the feed-forward block. active: (batch, seq) bool on the host; None: all.
-
-    What is put in the place of attention, feed_forward or a norm, or hooked to them, must take vectors (dim,) as well,
-    since that is what goes through them in a pass of one row on a CPU; and (tokens, dim) where only some are active.
     """
-
-    attention, feed_forward, attention_norm, ffn_norm = parts("attention", "feed_forward", "attention_norm", "ffn_norm")
 
     def __init__(self, args, layer_id):
         super().__init__()
@@ -285,7 +262,7 @@ class Transformer(nn.Module):
         if cache is None:
             cache = KVCache(self.args, *tokens.shape, weight.dtype, weight.device)
         pad = cache.pad if pad is None else torch.as_tensor(pad).cpu().view(len(tokens))
-        cache.check(tokens, weight, pad, self.args)
+        cache.check(tokens, weight, pad)
         cache.pad = pad
         step = self.prepare(tokens, cache, prompt_len, trace)
         with products(tokens, weight):
@@ -305,7 +282,7 @@ class Transformer(nn.Module):
         if trace is not None:
             trace.begin(self.args.n_layers, token_index, real=positions >= 0)
         positions = positions.clamp(min=0)
-        freqs_cis = cache.freqs_cis[positions]  # (100, 1, 32) -> (1, 1, 1, 32)
+        freqs_cis = precompute_freqs_cis(positions, self.args, tokens.device)
         mask = None
         if len(columns) > 1 or cache.pad.any():
             mask = causal_mask(columns, cache.pad, self.args.n_heads // self.args.n_kv_heads).to(tokens.device)

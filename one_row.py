@@ -5,7 +5,6 @@ machine gives the same bits with the same number of threads; `python experiments
 yours. More rows, other devices and sharded weights are left to PyTorch, whose functions give the same up to rounding.
 """
 
-import functools
 from contextlib import contextmanager
 from ctypes import c_float
 
@@ -42,7 +41,8 @@ def products(tokens, weight):
 def as_row(x):
     """
     x, (1, 1, dim), as a vector (dim,) if this pass is of one row, else x. A vector is what the functions below are fast
-    for, and spares norms and products two views each, which would take 4 % of a small model's token.
+    for, and spares norms and products two views each, which would take 4 % of a small model's token. What is put in the
+    place of a norm, of attention or feed_forward, or hooked to them, must take vectors too.
     """
     return x if way is None or x.numel() != x.size(-1) else x.view(-1)
 
@@ -51,16 +51,25 @@ def linear(x, weight):
     return F.linear(x, weight) if x.dim() > 1 or way in (None, "linear") else torch.mv(weight, x)
 
 
-def parts(*names):
+def with_parts(*names):
     """
-    A property for each name, by which a module finds the part of that name at once. nn.Module's own search takes half a
-    microsecond, twenty times per layer; eleven of these are for parts, and take 2.5 % of a small model's token.
+    A class decorator: properties by which a module finds its parts of these names at once. nn.Module's own search takes
+    half a microsecond, twenty times per layer; eleven of these are for parts, and take 2.5 % of a small model's token.
     """
-    return [property(functools.partial(find_part, name=name)) for name in names]
+
+    def add_properties(cls):
+        for name in names:
+            setattr(cls, name, part(name))
+        return cls
+
+    return add_properties
 
 
-def find_part(module, name):
-    return module._modules[name]
+def part(name):
+    def find(module):
+        return module._modules[name]
+
+    return property(find)
 
 
 class Linear(nn.Linear):

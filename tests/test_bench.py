@@ -20,7 +20,7 @@ from tiny import tiny_model
 
 from generate import speedup_bound
 from load_weights import load_model
-from model import KVCache, ModelArgs
+from model import SIZES, KVCache, ModelArgs
 from skip import Trace
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +77,7 @@ def test_bytes_of_stand_ins_are_all_probes_and_the_maps_of_what_does_not_run():
 
 
 def test_flops_are_those_of_table_4():
-    args = ModelArgs.named("7B")
+    args = ModelArgs(**SIZES["7B"])
     saved = {skip: math.floor(bench.flops_saved(args, skip) / 1e8) / 10 for skip in (0.1, 0.2, 0.3, 0.5)}
     assert saved == {0.1: 0.8, 0.2: 1.7, 0.3: 2.5, 0.5: 4.3}
 
