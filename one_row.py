@@ -29,13 +29,14 @@ def way_of_one(dtype):
 def products(tokens, weight):
     """For a forward pass over tokens of a model with this weight: sets what `as_row` and `linear` do."""
     global way
-    before, one = (way, torch.backends.mkldnn.enabled), tokens.numel() == 1 and weight.device.type == "cpu"
+    way_before, enabled_before = way, torch.backends.mkldnn.enabled
+    one = tokens.numel() == 1 and weight.device.type == "cpu"
     way = way_of_one(weight.dtype) if one and type(weight) is nn.Parameter else None
-    torch.backends.mkldnn.enabled = before[1] and way != "native mv"
+    torch.backends.mkldnn.enabled = enabled_before and way != "native mv"
     try:
         yield
     finally:
-        way, torch.backends.mkldnn.enabled = before
+        way, torch.backends.mkldnn.enabled = way_before, enabled_before
 
 
 def as_row(x):

@@ -27,7 +27,7 @@ from fit_standins import PARTS, WARM_UP_INDEX, add_maps, centre_offset, fit_twic
 import common
 from generate import load as load_checkpoint
 from measuring import as_windows, bring_to, quality, quality_table, skip_ratio
-from one_row import as_row, is_one_row, linear
+from one_row import as_row, linear
 
 MAP = "down", "up", "mean", "centre", "offset"  # the parts of a fit that stand in
 
@@ -61,12 +61,12 @@ class StandIns:
     def decide(self, h, layer, step, left):
         """Per token of h, (batch, seq, dim), as a list: whether it skips this layer's block, since it does no harm."""
         probe, bias, eps = self.fitted["probe"][layer.layer_id], self.fitted["bias"][layer.layer_id], layer.ffn_norm.eps
-        if is_one_row(h):  # in fewer operations
-            h = h.float().view(-1)
+        h = as_row(h).float()
+        if h.dim() == 1:  # in fewer operations
             size = torch.dot(h, h).item() / len(h) + eps
             harm = [torch.dot(h, probe).item() / size**0.5 + bias]
         else:
-            h = h.float().flatten(0, 1)  # -> (tokens, dim)
+            h = h.flatten(0, 1)  # -> (tokens, dim)
             size = h.square().mean(-1) + eps
             harm = (h @ probe * size.rsqrt() + bias).tolist()  # logarithms of nats
         if step.trace is not None and step.trace.cosines:
