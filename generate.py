@@ -17,6 +17,7 @@ import torch
 
 import common
 import parallel
+from graphs import add_graphs
 from load_weights import load_model, load_tokenizer
 from model import KVCache, dense
 from processes import from_first
@@ -81,6 +82,8 @@ def generate(
     weight = model.tok_embeddings.weight
     if cache is None:
         cache = KVCache(model.args, len(prompts), min(longest + max_new_tokens, limit), weight.dtype, weight.device)
+    if max_new_tokens > 16:  # fewer take less time than recording
+        add_graphs(model, cache)
     if cache.length >= longest:
         raise ValueError(f"the cache holds {cache.length} tokens, and the prompt has {longest}: rewind it at least to "
                          "the last of them, whose logits are needed")

@@ -81,7 +81,8 @@ class KVCache:
         self.written = torch.zeros(args.n_layers, batch_size, max_seq_len, dtype=torch.bool)  # on the host
         self.pad = torch.zeros(batch_size, dtype=torch.long)  # columns of left padding in each row, on the host
         self.length = 0  # columns filled so far: where the next token goes
-        self.args, self.max_seq_len, self.scratch = args, max_seq_len, None  # scratch: one_row.py's
+        self.freqs_cis = precompute_freqs_cis(torch.arange(max_seq_len)[None], args, device)[0]  # (100, 1, 32)
+        self.args, self.max_seq_len, self.scratch, self.graphs = args, max_seq_len, None, None  # one_row's, graphs.py's
 
     def write(self, layer_id, k, v, active=None):
         """Store k, v, (batch, n_kv_heads, seq, head_dim), from column `length` on; return views of the layer's."""
@@ -267,8 +268,8 @@ class Transformer(nn.Module):
         step = self.prepare(tokens, cache, prompt_len, trace)
         with products(tokens, weight):
             with torch.inference_mode():  # less bookkeeping than no_grad; the logits, outside, remain plain tensors
-                x = self.tok_embeddings(tokens)  # (1, 1) -> (1, 1, 576)
-                x = (policy or dense)(list(self.layers), x, step)  # a slice of a ModuleList would be a new one
+                layers = list(self.layers) if step.freqs_cis is not None else cache.graphs.begin(step)
+                x = (policy or dense)(layers, self.tok_embeddings(tokens), step)  # (1, 1) -> (1, 1, 576)
             if x is None:
                 raise ValueError("the policy returned nothing: it must return x")
             cache.length += tokens.size(1)
@@ -282,8 +283,9 @@ class Transformer(nn.Module):
         if trace is not None:
             trace.begin(self.args.n_layers, token_index, real=positions >= 0)
         positions = positions.clamp(min=0)
-        freqs_cis = precompute_freqs_cis(positions, self.args, tokens.device)
-        mask = None
+        if cache.graphs is not None and len(columns) == 1:  # which find the rest on the device
+            return Step(cache, positions, token_index, None, None, trace, self.logits)
+        mask, freqs_cis = None, cache.freqs_cis[positions.to(tokens.device)]
         if len(columns) > 1 or cache.pad.any():
             mask = causal_mask(columns, cache.pad, self.args.n_heads // self.args.n_kv_heads).to(tokens.device)
         return Step(cache, positions, token_index, freqs_cis, mask, trace, self.logits)

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")  # on CUDA one kernel for four, to the same bits
 AMX, AVX512_BF16 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
 way = None  # how the forward pass under way multiplies its one row; None: it is not of one row on a CPU
 
@@ -87,6 +88,11 @@ def is_one_row(x):
     return x.numel() == x.size(-1) and x.device.type == "cpu"
 
 
+def cosine(layer, h, temp):
+    """(batch, seq): the cosine of two states (batch, seq, dim), in float32 whatever their dtype; for graphs.read."""
+    return F.cosine_similarity(h.float(), temp.float(), dim=-1)
+
+
 def cosine_of_one(a, b):
     """The cosine of two vectors as a number, in float32 whatever their dtype, without the dozen operations of F's."""
     a, b = a.view(-1).float(), b.view(-1).float()
@@ -97,6 +103,8 @@ class RMSNorm(nn.RMSNorm):
     """Root mean square norm (Zhang and Sennrich 2019), in float32 whatever the dtype of x."""
 
     def forward(self, x):
+        if FUSED_NORM and x.is_cuda:
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         if way is None or x.dim() > 1:
             out = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
             return out.type_as(x)  # PyTorch 2.5 would round twice in 16 bits; later ones do the same as this

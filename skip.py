@@ -14,10 +14,10 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
+from graphs import read
 from model import dense
-from one_row import cosine_of_one, is_one_row
+from one_row import cosine, cosine_of_one, is_one_row
 from tracing import Trace  # noqa: F401, for `from skip import FFNSkip, Trace`
 
 FULL = -1  # the skip_state of a token that runs in full, and is not compared
@@ -144,7 +144,7 @@ class FFNSkip:
         if is_one_row(h):
             sim_score = [cosine_of_one(h, temp)]
         else:
-            sim_score = F.cosine_similarity(h.float(), temp.float(), dim=-1).flatten().tolist()  # (batch * seq,)
+            sim_score = read(layer, cosine, h, temp)  # (batch * seq,)
         if step.trace is not None:
             step.trace.record_cosine(layer.layer_id, sim_score, [n == 0 for n in skip_state])
         return sim_score

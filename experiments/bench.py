@@ -57,6 +57,7 @@ from standins import PARTS, StandIns, ready
 import common
 import parallel
 from generate import peak_memory
+from graphs import add_graphs
 from load_weights import load_model
 from model import SIZES, KVCache, ModelArgs, Transformer
 from one_row import way_of_one
@@ -149,6 +150,7 @@ class Variant:
         self.name, self.model, self.policy, self.prompt_len = name, model, policy, prompt_len
         weight = model.tok_embeddings.weight
         self.cache = KVCache(model.args, batch, columns, weight.dtype, weight.device)
+        add_graphs(model, self.cache)
 
     def rewind(self):
         self.cache.rewind()

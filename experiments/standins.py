@@ -26,6 +26,7 @@ from fit_standins import PARTS, WARM_UP_INDEX, add_maps, centre_offset, fit_twic
 
 import common
 from generate import load as load_checkpoint
+from graphs import read, run
 from measuring import as_windows, bring_to, quality, quality_table, skip_ratio
 from one_row import as_row, linear
 
@@ -53,25 +54,28 @@ class StandIns:
             if not any(skips):
                 x = layer.add_feed_forward(h, step)
             elif all(skips):
-                x = self.stand_in(layer, h)
+                x = run(layer, self.stand_in, h)
             else:
                 x = self.add_feed_forward(layer, h, step, active=~torch.tensor(skips).view(may_skip.shape))
         return x
 
     def decide(self, h, layer, step, left):
         """Per token of h, (batch, seq, dim), as a list: whether it skips this layer's block, since it does no harm."""
-        probe, bias, eps = self.fitted["probe"][layer.layer_id], self.fitted["bias"][layer.layer_id], layer.ffn_norm.eps
-        h = as_row(h).float()
-        if h.dim() == 1:  # in fewer operations
-            size = torch.dot(h, h).item() / len(h) + eps
-            harm = [torch.dot(h, probe).item() / size**0.5 + bias]
+        row = as_row(h)
+        if row.dim() == 1:  # in fewer operations
+            row, probe = row.float(), self.fitted["probe"][layer.layer_id]
+            size = torch.dot(row, row).item() / len(row) + layer.ffn_norm.eps
+            harm = [torch.dot(row, probe).item() / size**0.5 + self.fitted["bias"][layer.layer_id]]
         else:
-            h = h.flatten(0, 1)  # -> (tokens, dim)
-            size = h.square().mean(-1) + eps
-            harm = (h @ probe * size.rsqrt() + bias).tolist()  # logarithms of nats
+            harm = read(layer, self.predict, h)
         if step.trace is not None and step.trace.cosines:
             step.trace.record_cosine(layer.layer_id, [math.exp(value) for value in harm], [n > 0 for n in left])
         return [n > 0 and value < self.log_budget for n, value in zip(left, harm)]
+
+    def predict(self, layer, h):
+        """(batch, seq): of h (batch, seq, dim), the predicted harm of skipping the layer's block, in log nats."""
+        h, probe, bias = h.float(), self.fitted["probe"][layer.layer_id], self.fitted["bias"][layer.layer_id]
+        return h @ probe * (h.square().mean(-1) + layer.ffn_norm.eps).rsqrt() + bias
 
     def stand_in(self, layer, h):
         """temp: h, (..., dim), and the map that stands in for the layer's block."""
@@ -81,6 +85,8 @@ class StandIns:
         if normed.dim() == 1:
             i = cell.item()
             return h + linear(linear(normed, down[i]), up[i]) + mean[i]
+        if h.is_cuda and h.dim() == 3 and h.size(1) == 1:  # a copy of each row's map, so that nothing is read back
+            return h + mean[cell] + (up[cell] @ (down[cell] @ normed[..., None]))[..., 0]  # (batch, 1, dim)
         return add_maps(h + mean[cell], normed, cell, down, up)
 
     def add_feed_forward(self, layer, h, step, active=None):
