@@ -26,7 +26,7 @@ class Patchy:
         for layer in layers:
             active = (step.positions + layer.layer_id) % self.every != 0
             h = layer.add_attention(x, step, active)
-            x = torch.where(active[..., None], layer.add_feed_forward(h, step, active), x)
+            x = torch.where(active[..., None].to(x.device), layer.add_feed_forward(h, step, active), x)
         return x
 
 
