@@ -31,8 +31,7 @@ class Graphs:
 
     def __init__(self, model, cache):
         self.model, self.cache, self.layers, self.n_columns = model, cache, [], 0
-        self.capturing, self.reading, self.ready, self.done = cuda.Stream(), cuda.Stream(), cuda.Event(), cuda.Event()
-        self.written = cache.written.numpy()  # the same memory, set in a tenth of the time
+        self.capturing, self.reading, self.done = cuda.Stream(), cuda.Stream(), cuda.Event()
 
     def begin(self, step):
         """The layers for a forward pass of this Step, which is completed; its token goes to column `length`."""
@@ -131,7 +130,7 @@ class Graphed:
         if x is not self.x or not self.started:
             self.attention_graph.replay()
         self.started = False
-        self.graphs.written[self.layer_id, :, step.cache.length] = True
+        step.cache.written[self.layer_id, :, step.cache.length] = True
         return self.h
 
     def add_feed_forward(self, h, step, active=None):
@@ -152,6 +151,7 @@ class Graphed:
         return output
 
     def read(self, function, *states):
+        reading, done = self.graphs.reading, self.graphs.done
         if function not in self.functions:
             numbers = torch.empty(len(self.h), pin_memory=cuda.is_available())  # where the GPU can write
 
@@ -160,13 +160,10 @@ class Graphed:
 
             self.functions[function] = *self.graphs.capture(self.graphs.reading_pool, compute), numbers
         graph, _, numbers = self.functions[function]
-        main, reading, ready, done = cuda.current_stream(), self.graphs.reading, self.graphs.ready, self.graphs.done
-        ready.record()
-        reading.wait_event(ready)
-        cuda.set_stream(reading)
-        graph.replay()
-        done.record()
-        cuda.set_stream(main)
+        reading.wait_stream(cuda.current_stream())
+        with cuda.stream(reading):
+            graph.replay()
+            done.record()
         if self.after is not None and states[-1] is self.after.x:
             self.after.attention_graph.replay()
             self.after.started = True
