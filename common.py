@@ -339,6 +339,11 @@ def find_settings(options, ckpt, n_layers):
     return settings
 
 
+def takes_fit(factory):
+    """Whether a policy's factory has a parameter `fitted`, the path of a file as experiments/standins.py writes it."""
+    return "fitted" in inspect.signature(factory).parameters
+
+
 def find_factory(name):
     """make(model, skip, warm_up_index=None, tokens=None, seed=0) -> policy, by its name. Raises ValueError."""
     if name == "standins":
@@ -374,7 +379,7 @@ def find_policy(name, model, settings=None, skip=None, warm_up_index=None, token
         raise ValueError(f"policy {name} needs --skip, the share of feed-forward blocks to skip")
     arguments = dict(warm_up_index=warm_up_index, tokens=tokens, seed=seed)
     try:
-        if "fitted" in inspect.signature(make).parameters:
+        if takes_fit(make):
             arguments["fitted"] = fitted
         inspect.signature(make).bind(model, skip, **arguments)
     except TypeError as error:

@@ -3,7 +3,6 @@ The policy of a row of evaluate.py, brought to the wanted share of FFN blocks by
 does not score.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +47,7 @@ def prompts_ratio(model, policy, prompts, context):
 def at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, options):
     """(policy, its ratio): a baseline or a policy of a file, brought as near to `skip` of the FFN blocks as it goes."""
     factory, own = common.find_factory(name), {}  # own: arguments of three policies alone
-    if "fitted" in inspect.signature(factory).parameters:
+    if common.takes_fit(factory):
         own = dict(fitted=common.find_fitted(options, common.find_checkpoint(options.ckpt)))
     if name == "skipdecode":
         own = dict(target_len=calibration.target_len)

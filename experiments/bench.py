@@ -455,14 +455,15 @@ def main(argv=None):
     dtype = model.tok_embeddings.weight.dtype
     versions = [f"python {platform.python_version()}", f"torch {torch.__version__}", *(peer.version for peer in peers)]
     about = dict(
-        commit=commit(), device=device_name(device), threads=torch.get_num_threads(),
+        commit=commit(), device=device_name(device), threads=torch.get_num_threads() if device.type == "cpu" else "",
         dtype=str(dtype).removeprefix("torch."), model=name, batch=options.batch, prompt=options.prompt,
         steps=tokens.size(1), repeats=repeats, read_gb_per_s=bandwidth / 1e9, peak_memory_bytes=memory,
         readback_us=1e6 * read_back, versions=", ".join(versions),
         command=shlex.join(["python", "experiments/bench.py", *argv]),
     )
     print_table(rows)
-    print("{model}, {dtype}, batch {batch}, prompt {prompt}, {device}, {threads} threads".format(**about))
+    threads = f", {about['threads']} threads" if about["threads"] else ""
+    print("{model}, {dtype}, batch {batch}, prompt {prompt}, {device}".format(**about) + threads)
     peak = "peak memory unknown" if memory is None else f"peak memory {memory / 1e9:.2f} GB"
     print("plain read {read_gb_per_s:.1f} GB/s; one read-back {readback_us:.1f} us; ".format(**about) + peak)
     save(options.out, [about | row for row in rows])

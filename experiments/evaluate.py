@@ -63,6 +63,14 @@ def edition(name):
     return f"{name}@{zlib.crc32(Path(file).read_bytes()):08x}" if file else name
 
 
+def fit_of(name, options, ckpt):
+    """What the setting of a policy's row ends with: the checksum of the fit that it is given; "" if it takes none."""
+    if name in ("dense", "ffnskip", "printed") or not common.takes_fit(common.find_factory(name)):
+        return ""
+    path = common.find_fitted(options, ckpt)
+    return f" fit={zlib.crc32(Path(path).read_bytes()):08x}" if path and Path(path).exists() else ""
+
+
 def bytes_per_skip(name, model):
     """Bytes of weights not read when the policy called `name` skips one FFN block, and those of the block alone."""
     parts = ["feed_forward"]
@@ -211,7 +219,10 @@ def main(argv=None):
     for name, skip, match, warm_up_index, seed in grid(options):
         key = dict(policy=edition(name), skip=skip, match=match, warm_up_index=warm_up_index, seed=seed)
         whole, ffn = bytes_per_skip(name, model)
-        if table.has(key) or (match == "bytes" and (whole == ffn or skip is None)):
+        known_row, fit = table.find(key), fit_of(name, options, ckpt)
+        if known_row and not known_row["setting"].endswith(fit):
+            raise ValueError(f"{options.output}: its row of {name} is of another fit: give another --output")
+        if known_row or (match == "bytes" and (whole == ffn or skip is None)):
             continue  # of a policy that skips nothing but FFN blocks, equal bytes are equal blocks
         if calibration is None and name != "dense":
             calibration = calibrate(model, tokenizer, data, context, options)
@@ -240,7 +251,7 @@ def main(argv=None):
             bytes_saved = ratio * model.args.n_layers * whole / sum(common.weight_bytes(model).values())
         columns = dict(calibrated_ratio=calibrated, ffn_skip_ratio=ratio, ffn_saved_ratio=result.pop("ffn_saved_ratio"))
         columns |= dict(bytes_saved=bytes_saved, **result, seconds=round(time.time() - begin, 1))
-        table.add(key, columns | dict(setting=describe(policy)), row.scores)
+        table.add(key, columns | dict(setting=describe(policy) + fit), row.scores)
         shown = list(table.rows[-1].items())[5:12]
         print(f"{label}: {' '.join(f'{key}={value}' for key, value in shown)}", file=sys.stderr)
     print(table)

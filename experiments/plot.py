@@ -105,11 +105,17 @@ def by_position(figure, rows):
     finish(axes, "token_index", "share of tokens that skip nothing")
 
 
+def machine(row):
+    """What a row of bench.py ran on; on a GPU no number of threads matters."""
+    return row["device"] if row["threads"] == "" else f"{row['threads']:g} threads of {row['device']}"
+
+
 def speed(figure, rows):
-    """Speed-up over the share of FFN blocks skipped, as last measured; one panel per model and number of threads."""
-    rows = [row for row in rows if row["batch"] == 1 and row["commit"] == rows[-1]["commit"]]
+    """Speed-up over the share of blocks skipped, as last measured on each device; a panel per model and machine."""
+    last = {row["device"]: row["commit"] for row in rows}
+    rows = [row for row in rows if row["batch"] == 1 and row["commit"] == last[row["device"]]]
     for row in rows:
-        row["kind"] = f"{row['model']}\n{row['dtype']}, {row['threads']:g} threads of {row['device']}"
+        row["kind"] = f"{row['model']}\n{row['dtype']}, {machine(row)}"
     kinds = dict.fromkeys(row["kind"] for row in rows if row["ffn_skip_ratio"])
     measured = {(row["kind"], row["variant"]) for row in rows}
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
@@ -224,9 +230,9 @@ def speed_table(rows, name):
     for row in rows:
         if name.lower() not in row["model"].lower() or row["batch"] != 1:
             continue
-        caption = "{model}: {dtype}, {threads:g} threads of {device} that read {read_gb_per_s:.0f} GB/s, "
+        caption = "{model}: {dtype}, {machine} that read {read_gb_per_s:.0f} GB/s, "
         caption += "{columns:g} columns of cache, commit {commit}, {versions}"
-        caption = caption.format(**row)
+        caption = caption.format(**row, machine=machine(row))
         if caption != before or row["variant"] == "dense":  # which comes first in every run
             print(f"{caption}:\n" if before is None else f"\n{caption}:\n")
             print("| variant | skipped | tokens/s | speed-up | bound by bytes | of the saving |")

@@ -51,9 +51,10 @@ class Table:
         with open(self.path, "a", encoding="utf-8") as file:  # in one write, so that a row is there or not
             file.write(text)
 
-    def has(self, key):
+    def find(self, key):
+        """The row, a dict of text, that begins with this key, or None."""
         key = {name: cell(value) for name, value in key.items()}
-        return any(key.items() <= row.items() for row in self.rows)
+        return next((row for row in self.rows if key.items() <= row.items()), None)
 
     def dense_scores(self):
         """{column: [the score of each item]} of the dense model; {} if it has no row."""

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from statistics import median
 
@@ -16,6 +17,7 @@ from readers import load_questions, load_text
 from table import cell
 from tasks import TASKS, perplexity
 from test_golden import GOLDEN
+from test_standins import random_fit, write_fit
 from tiny import Bytes, mistake, random_ids, start, tiny_model, write_data
 
 import common
@@ -325,6 +327,21 @@ def test_a_mistake_is_one_line_in_a_shell(tmp_path):
     process = start("experiments/evaluate.py", "factoid", "--data", tmp_path / "bad.txt", stderr=-1, text=True)
     _, said = process.communicate()
     assert process.returncode == 1 and said == f"error: {tmp_path}/bad.txt:2: expected `question | answer`\n"
+
+
+def test_a_table_has_rows_of_one_fit(run, model, tmp_path):
+    """A fit made anew is another policy: its rows are not taken for those that are there."""
+
+    def measured(fit):
+        flags = "--policies=dense,standins", "--limit=512", "--window=128", "--standins", tmp_path / fit
+        return run("perplexity", "text.raw", *flags)
+
+    for seed, fit in enumerate(("a.safetensors", "b.safetensors")):
+        write_fit(tmp_path / fit, model, random_fit(model, seed=seed), [[0.1, 0.0], [0.3, 1.0]])
+    rows = measured("a.safetensors")
+    assert re.search(r" fit=[0-9a-f]{8}$", rows[1]["setting"]) and measured("a.safetensors") == rows
+    with pytest.raises(ValueError, match="out.csv: its row of standins is of another fit: give another --output"):
+        measured("b.safetensors")
 
 
 @pytest.mark.parametrize(
