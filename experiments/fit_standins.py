@@ -41,18 +41,22 @@ def moments(x, y, weight):
 
 
 def fit_ridge(squares, products, ridge):
-    """(W, b, covariance) of the ridge regression y = x @ W + b from moments; ridge in units of x's mean variance."""
+    """
+    (W, b, explained) of the ridge regression y = x @ W + b from moments; ridge in units of x's mean variance. explained
+    is W^T C W of x's covariance C with the ridge, which is W^T times the covariance of x and y.
+    """
     n, x_sum, y_sum = squares[-1, -1], squares[-1, :-1], products[-1]
     covariance = squares[:-1, :-1] / n - torch.outer(x_sum / n, x_sum / n)
     covariance.diagonal().add_(ridge * covariance.diagonal().mean())
-    slope = torch.linalg.solve(covariance, products[:-1] / n - torch.outer(x_sum / n, y_sum / n))
-    return slope, (y_sum - x_sum @ slope) / n, covariance
+    with_y = products[:-1] / n - torch.outer(x_sum / n, y_sum / n)
+    slope = torch.linalg.solve(covariance, with_y)
+    return slope, (y_sum - x_sum @ slope) / n, slope.T @ with_y
 
 
 def fit_map(squares, products, rank):
     """down (r, dim), up (dim, r), mean (dim,): reduced-rank regression of a block's output on its normed input."""
-    slope, mean, covariance = fit_ridge(squares, products, 0.1)
-    up = torch.svd_lowrank(slope.T @ covariance @ slope, rank)[0]  # of what the full map explains, the largest part
+    slope, mean, explained = fit_ridge(squares, products, 0.1)
+    up = torch.svd_lowrank(explained, rank)[0]  # of what the full map explains, the largest part
     down = (slope @ up).T
     left_out = slope - down.T @ up.T
     return down, up, mean + squares[-1, :-1] / squares[-1, -1] @ left_out
