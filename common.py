@@ -174,7 +174,10 @@ def find_device(name):
     if name is None and torch.backends.mps.is_available():
         name = "mps"
     try:
-        return torch.empty(0, device=name or "cpu").device
+        device = torch.empty(0, device=name or "cpu").device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # whose streams graphs.py asks for
+        return device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name} is not available: {first_line(error)}") from None
 

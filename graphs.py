@@ -3,45 +3,60 @@ CUDA graphs: on a GPU a token of one row is some thousand small kernels, and to 
 several times as long as to run them. Here each half of a layer is recorded once and replayed with one call, and what a
 policy asks about is read back while the GPU goes on. https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs
 
-A policy sees layers as ever: what it calls on them is replayed where it was recorded, and else runs as usual. Recorded
-are the modules and weights as they are at the first token, so that hooks do not run later, and parts put in the place
-of others are not noticed: set `cache.graphs = None` for that.
+A policy sees layers as ever: what it calls on them is replayed where it was recorded, and else runs as usual. Modules
+are recorded as they are at the first token and again after every COLUMNS tokens. In between, hooks do not run and a
+part that is put in the place of another is not noticed; `graphs.USED = False` runs everything as on a CPU.
 """
+
+import weakref
+from contextlib import suppress
 
 import torch
 from torch import cuda
 
 import parallel
-from model import Step
+from model import KVCache, Step
 
+USED = True
 COLUMNS = 512  # attention is recorded over whole multiples of so many columns of the cache, the last ones masked
+MOST = 16  # functions of a policy that are recorded per layer and cache: one that is made anew for each token is not
 
 
 def add_graphs(model, cache):
-    """Have forward passes with this cache replay, if it lies on a CUDA device; with several processes it is untried."""
-    if cache.k.is_cuda and cache.graphs is None and parallel.size == 1:
-        cache.graphs = Graphs(model, cache)
+    """Have passes with this cache replay, if it lies on the current CUDA device; untried with several processes."""
+    if cache.graphs is not None:
+        for layer in cache.graphs.layers:
+            layer.functions.clear()  # of policies that may be gone
+    elif USED and cache.k.is_cuda and cache.k.device.index == cuda.current_device() and type(cache) is KVCache:
+        cache.graphs = Graphs(model, cache) if parallel.size == 1 else None
 
 
 class Graphs:
     """
-    `cache.graphs = Graphs(model, cache)`: from then on, forward passes over one token per row replay. It stands in the
-    place of the cache for what is recorded, which writes to the column that a tensor names.
+    `cache.graphs = Graphs(model, cache)`: from then on, forward passes of that model over one token per row replay. It
+    stands in the place of the cache for what is recorded, which writes to the column that a tensor names.
     """
 
     def __init__(self, model, cache):
-        self.model, self.cache, self.layers, self.n_columns = model, cache, [], 0
+        self.model, self.cache = model, weakref.proxy(cache)  # which refers to this
+        self.layers, self.n_columns, self.last = [], 0, 0
         self.capturing, self.reading, self.done = cuda.Stream(), cuda.Stream(), cuda.Event()
+
+    def replays(self, model, tokens):
+        """Whether a forward pass of the model over tokens (batch, seq) does. To be asked before each one."""
+        k, v, written = self.cache.k, self.cache.v, self.cache.written
+        for layer in self.layers:
+            if layer.started:  # for the token before, and then not called for
+                rows = (~written[layer.layer_id, :, self.last]).nonzero().squeeze(1).to(k.device)
+                k[layer.layer_id, rows, :, self.last] = v[layer.layer_id, rows, :, self.last] = 0
+                layer.started = False
+        return USED and model is self.model and tokens.size(1) == 1
 
     def begin(self, step):
         """The layers for a forward pass of this Step, which is completed; its token goes to column `length`."""
         cache = self.cache
-        for layer in self.layers:
-            if layer.started:  # for the token before, and then not called for
-                cache.k[layer.layer_id, :, :, self.last] = cache.v[layer.layer_id, :, :, self.last] = 0
-                layer.started = False
         self.last = cache.length
-        if cache.length >= self.n_columns:
+        if cache.length >= self.n_columns or not self.layers:
             self.n_columns = min((cache.length // COLUMNS + 1) * COLUMNS, cache.max_seq_len)
             self.record(step)
         if not torch.equal(cache.pad, self.host_pad):
@@ -49,40 +64,41 @@ class Graphs:
             self.pad.copy_(cache.pad)
         self.column.fill_(cache.length)
         self.start.replay()
-        step.freqs_cis, step.mask = self.freqs_cis, self.mask[..., : cache.length + 1]
+        step.freqs_cis, step.mask = self.freqs_cis, self.seen[..., : cache.length + 1]
         return self.layers
 
     def where(self):
-        """(freqs_cis, mask), as in Step, of the token at self.column; the mask for attention to n_columns."""
+        """Of the token at self.column: freqs_cis, as in Step; the mask that is added in its attention; that as bool."""
         columns = torch.arange(-(-self.n_columns // 8) * 8, device=self.pad.device)  # kernels want rows of 16 bytes
         pad = self.pad[:, None]
         seen = (columns <= self.column) & ((columns >= pad) | (self.column < pad))  # (batch, columns), as causal_mask
         mask = torch.zeros_like(seen, dtype=self.cache.k.dtype).masked_fill(~seen, -torch.inf)
         freqs_cis = self.cache.freqs_cis[(self.column - self.pad).clamp(min=0)]  # (batch, 1, head_dim / 2)
-        return freqs_cis[:, None], mask[:, None, None, : self.n_columns]
+        return freqs_cis[:, None], mask[:, None, None, : self.n_columns], seen[:, None, None]
 
     def record(self, step):
         """Record all layers, for a Step of one token per row."""
+        self.layers = []
         k, batch = self.cache.k, len(self.cache.pad)
         self.column, self.host_pad = torch.tensor([self.cache.length], device=k.device), self.cache.pad.clone()
         self.pad = self.host_pad.to(k.device)
-        # What is read runs beside the next layer, and must not work in the same memory
-        self.pool, self.reading_pool = cuda.graph_pool_handle(), cuda.graph_pool_handle()
-        self.start, (self.freqs_cis, self.mask) = self.capture(self.pool, self.where)
-        step = Step(self, step.positions, None, self.freqs_cis, self.mask, trace=None, logits=None)
+        # What layers, `run` and `read` work in: the second's results outlive a layer, the third is busy beside the next
+        self.pool, self.run_pool, self.read_pool = [cuda.graph_pool_handle() for _ in range(3)]
+        self.start, (self.freqs_cis, mask, self.seen) = self.capture(self.pool, self.capturing, self.where)
+        step = Step(self, step.positions, None, self.freqs_cis, mask, trace=None, logits=None)
         x = torch.zeros(batch, 1, self.model.args.dim, dtype=k.dtype, device=k.device)
         self.capturing.wait_stream(cuda.current_stream())
         with cuda.stream(self.capturing):  # libraries make ready at a first run, which must not be recorded
             self.start.replay()
-            self.model.layers[0](x, step)
-            self.cache.k[0, :, :, self.cache.length] = self.cache.v[0, :, :, self.cache.length] = 0
+            self.model.layers[0](x, step)  # of zeros, whose keys and values are what the cache holds, zeros
         cuda.synchronize()
-        self.layers = []
+        layers = []
         for layer in self.model.layers:
-            self.layers.append(Graphed(layer, self, step, x))
-            x = self.layers[-1].temp
-        for layer, after in zip(self.layers, self.layers[1:]):
+            layers.append(Graphed(layer, self, step, x))
+            x = layers[-1].temp
+        for layer, after in zip(layers, layers[1:]):
             layer.after = after
+        self.layers = layers  # all, or none if this was interrupted
 
     def write(self, layer_id, k, v, active):
         """KVCache.write for what is recorded: k, v (batch, n_kv_heads, 1, head_dim)."""
@@ -91,15 +107,18 @@ class Graphs:
         all_v.index_copy_(2, self.column, v)
         return all_k[:, :, : self.n_columns], all_v[:, :, : self.n_columns]
 
-    def capture(self, pool, function, *inputs):
+    def capture(self, pool, stream, function, *inputs):
         """(graph, output): what graph.replay() computes anew from the inputs' memory into the output's."""
         graph = cuda.CUDAGraph()
-        with cuda.stream(self.capturing):
+        with cuda.stream(stream):
             graph.capture_begin(pool)
             try:
                 output = function(*inputs)
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # which would hide what went wrong
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph, output
 
 
@@ -111,9 +130,10 @@ class Graphed:
     """
 
     def __init__(self, layer, graphs, step, x):
-        self.layer, self.layer_id, self.graphs, self.x = layer, layer.layer_id, graphs, x
-        self.attention_graph, self.h = graphs.capture(graphs.pool, layer.add_attention, x, step)
-        self.feed_forward_graph, self.temp = graphs.capture(graphs.pool, layer.add_feed_forward, self.h, step)
+        self.layer, self.layer_id, self.graphs, self.x = layer, layer.layer_id, weakref.proxy(graphs), x
+        pool, stream = graphs.pool, graphs.capturing
+        self.attention_graph, self.h = graphs.capture(pool, stream, layer.add_attention, x, step)
+        self.feed_forward_graph, self.temp = graphs.capture(pool, stream, layer.add_feed_forward, self.h, step)
         self.functions, self.after, self.started = {}, None, False
 
     def __getattr__(self, name):
@@ -143,47 +163,59 @@ class Graphed:
             step.trace.record_ran(self.layer_id, active)
         return self.temp
 
-    def run(self, function, *states):
-        if function not in self.functions:
-            self.functions[function] = self.graphs.capture(self.graphs.pool, function, self, *states)
-        graph, output = self.functions[function]
+    def key(self, kind, function, states):
+        """What function(*states) is recorded under; None if it is not, because of other states or too many others."""
+        own = dict(x=self.x, h=self.h, temp=self.temp)
+        key = kind, function, *(name for state in states for name in own if own[name] is state)
+        room = key in self.functions or len(self.functions) < MOST
+        return key if room and len(key) == 2 + len(states) else None
+
+    def run(self, key, function, states):
+        graphs = self.graphs
+        if key not in self.functions:
+            function(self, *states)  # as in Graphs.record
+            self.functions[key] = graphs.capture(graphs.run_pool, graphs.capturing, function, self, *states)
+        graph, output = self.functions[key]
         graph.replay()
         return output
 
-    def read(self, function, *states):
-        reading, done = self.graphs.reading, self.graphs.done
-        if function not in self.functions:
-            numbers = torch.empty(len(self.h), pin_memory=cuda.is_available())  # where the GPU can write
+    def read(self, key, function, states):
+        graphs = self.graphs
+        if key not in self.functions:
+            like = function(self, *states)
+            numbers = torch.empty(like.shape, dtype=like.dtype, pin_memory=cuda.is_available())  # for the GPU to write
 
             def compute():
-                numbers.copy_(function(self, *states).view(-1), non_blocking=True)
+                numbers.copy_(function(self, *states), non_blocking=True)
 
-            self.functions[function] = *self.graphs.capture(self.graphs.reading_pool, compute), numbers
-        graph, _, numbers = self.functions[function]
-        reading.wait_stream(cuda.current_stream())
-        with cuda.stream(reading):
+            graph, _ = graphs.capture(graphs.read_pool, graphs.reading, compute)
+            self.functions[key] = graph, numbers
+        graph, numbers = self.functions[key]
+        graphs.reading.wait_stream(cuda.current_stream())
+        with cuda.stream(graphs.reading):
             graph.replay()
-            done.record()
+            graphs.done.record()
         if self.after is not None and states[-1] is self.after.x:
             self.after.attention_graph.replay()
             self.after.started = True
-        done.synchronize()
-        return numbers.tolist()
-
-
-def owns(layer, states):
-    """Whether the layer is recorded, and so are these states of it."""
-    return isinstance(layer, Graphed) and all(x is layer.h or x is layer.temp for x in states)
+        graphs.done.synchronize()
+        return numbers.flatten().tolist()
 
 
 def run(layer, function, *states):
-    """function(layer, *states), of states (batch, seq, dim) of this layer; recorded where these are, the first time."""
-    return layer.run(function, *states) if owns(layer, states) else function(layer, *states)
+    """
+    function(layer, *states), of states (batch, seq, dim). If they are x, h or temp of a layer that is recorded, it is
+    too, the first time: it may depend on nothing but these and tensors that stay, must not read numbers back, and must
+    be the same object at every token.
+    """
+    key = isinstance(layer, Graphed) and layer.key("run", function, states)
+    return layer.run(key, function, states) if key else function(layer, *states)
 
 
 def read(layer, function, *states):
     """
-    The same as a list of one number per token, for a policy to decide by. On a GPU the attention of the next layer
-    begins before they are there, if the last state is what it attends to: most policies call it in any case.
+    The same as a list of numbers, one per token, for a policy to decide by. On a GPU, if the last state is temp, the
+    next layer's attention to it begins before the numbers are there: it must not be changed in place from then on.
     """
-    return layer.read(function, *states) if owns(layer, states) else function(layer, *states).flatten().tolist()
+    key = isinstance(layer, Graphed) and layer.key("read", function, states)
+    return layer.read(key, function, states) if key else function(layer, *states).flatten().tolist()

@@ -135,7 +135,7 @@ class Step:
     positions: torch.Tensor  # (batch, seq) on the host; 0 in padding
     token_index: torch.Tensor  # (batch, seq) on the host: position - prompt_len, negative in the prompt and in padding
     freqs_cis: torch.Tensor  # (batch, seq, 1, head_dim / 2), the rotary factors of the positions
-    mask: torch.Tensor | None  # (batch or 1, 1, group * seq, columns), None where a token sees every column
+    mask: torch.Tensor | None  # bool (batch or 1, 1, group * seq or 1, columns); None if a token sees every column
     trace: object  # a skip.Trace, or None
     logits: object  # x (batch, seq, dim) -> fp32 logits (batch, seq, vocab): the model's final norm and head
 
@@ -283,7 +283,7 @@ class Transformer(nn.Module):
         if trace is not None:
             trace.begin(self.args.n_layers, token_index, real=positions >= 0)
         positions = positions.clamp(min=0)
-        if cache.graphs is not None and len(columns) == 1:  # which find the rest on the device
+        if cache.graphs is not None and cache.graphs.replays(self, tokens):  # and find the rest on the device
             return Step(cache, positions, token_index, None, None, trace, self.logits)
         mask, freqs_cis = None, cache.freqs_cis[positions.to(tokens.device)]
         if len(columns) > 1 or cache.pad.any():

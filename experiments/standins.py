@@ -85,7 +85,7 @@ class StandIns:
         if normed.dim() == 1:
             i = cell.item()
             return h + linear(linear(normed, down[i]), up[i]) + mean[i]
-        if h.is_cuda and h.dim() == 3 and h.size(1) == 1:  # a copy of each row's map, so that nothing is read back
+        if h.dim() == 3 and h.size(1) == 1:  # a copy of each row's map, so that nothing need be read back
             return h + mean[cell] + (up[cell] @ (down[cell] @ normed[..., None]))[..., 0]  # (batch, 1, dim)
         return add_maps(h + mean[cell], normed, cell, down, up)
 
