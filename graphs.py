@@ -13,12 +13,14 @@ from contextlib import suppress
 
 import torch
 from torch import cuda
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import parallel
 from model import KVCache, Step
 
 USED = True
 COLUMNS = 512  # attention is recorded over whole multiples of so many columns of the cache, the last ones masked
+ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # cuDNN's gives other bits once in some hundred tokens
 MOST = 16  # functions of a policy that are recorded per layer and cache: one that is made anew for each token is not
 
 
@@ -40,7 +42,8 @@ class Graphs:
     def __init__(self, model, cache):
         self.model, self.cache = model, weakref.proxy(cache)  # which refers to this
         self.layers, self.n_columns, self.last = [], 0, 0
-        self.capturing, self.reading, self.done = cuda.Stream(), cuda.Stream(), cuda.Event()
+        self.capturing, self.reading, self.ready, self.done = cuda.Stream(), cuda.Stream(), cuda.Event(), cuda.Event()
+        self.written = cache.written.numpy()  # the same memory, in which a numpy array sets an entry sooner
 
     def replays(self, model, tokens):
         """Whether a forward pass of the model over tokens (batch, seq) does. To be asked before each one."""
@@ -58,7 +61,8 @@ class Graphs:
         self.last = cache.length
         if cache.length >= self.n_columns or not self.layers:
             self.n_columns = min((cache.length // COLUMNS + 1) * COLUMNS, cache.max_seq_len)
-            self.record(step)
+            with sdpa_kernel(ATTENTION):
+                self.record(step)
         if not torch.equal(cache.pad, self.host_pad):
             self.host_pad = cache.pad.clone()
             self.pad.copy_(cache.pad)
@@ -150,7 +154,7 @@ class Graphed:
         if x is not self.x or not self.started:
             self.attention_graph.replay()
         self.started = False
-        step.cache.written[self.layer_id, :, step.cache.length] = True
+        self.graphs.written[self.layer_id, :, step.cache.length] = True
         return self.h
 
     def add_feed_forward(self, h, step, active=None):
@@ -191,10 +195,13 @@ class Graphed:
             graph, _ = graphs.capture(graphs.read_pool, graphs.reading, compute)
             self.functions[key] = graph, numbers
         graph, numbers = self.functions[key]
-        graphs.reading.wait_stream(cuda.current_stream())
-        with cuda.stream(graphs.reading):
-            graph.replay()
-            graphs.done.record()
+        main = cuda.current_stream()
+        graphs.ready.record(main)
+        graphs.reading.wait_event(graphs.ready)
+        cuda.set_stream(graphs.reading)
+        graph.replay()
+        cuda.set_stream(main)
+        graphs.done.record(graphs.reading)
         if self.after is not None and states[-1] is self.after.x:
             self.after.attention_graph.replay()
             self.after.started = True

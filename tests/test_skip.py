@@ -530,9 +530,9 @@ def test_nothing_is_compared_once_every_token_skips():
     rows = "__", "__", "^_", "__", "_^", "^^", "__", "__"
     cosine = [[HIGH if char == "^" else LOW for char in row] for row in rows]
     for warm_up_index, compared in (-1, 4), (0, 4), (1, 0):  # layers 1 to 4 of the warm layers 1 to 6, token 1's last
-        with mock.patch("one_row.F.cosine_similarity", wraps=F.cosine_similarity) as cosine_similarity:
+        with mock.patch("skip.cosine", wraps=skip_py.cosine) as compared_here:
             walk(FFNSkip(1, 7, 0.9, warm_up_index), cosine, token_index=[0, 1])
-        assert cosine_similarity.call_count == compared
+        assert compared_here.call_count == compared
 
 
 def test_what_no_cosine_can_reach_is_not_measured_unless_a_trace_asks():
