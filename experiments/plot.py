@@ -115,7 +115,7 @@ def speed(figure, rows):
     last = {row["device"]: row["commit"] for row in rows}
     rows = [row for row in rows if row["batch"] == 1 and row["commit"] == last[row["device"]]]
     for row in rows:
-        row["kind"] = f"{row['model']}\n{row['dtype']}, {machine(row)}"
+        row["kind"] = f"{row['model']}\n{row['dtype']}, {machine(row)}\n{row['columns']:g} columns of cache"
     kinds = dict.fromkeys(row["kind"] for row in rows if row["ffn_skip_ratio"])
     measured = {(row["kind"], row["variant"]) for row in rows}
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
@@ -249,7 +249,7 @@ def draw(path, rows):
     if rows and "layer_0" in rows[0]:
         picture(path, heat_map, rows, size=(10, 4))
     elif rows and "variant" in rows[0]:
-        picture(path, speed, rows, size=(12, 3.8))
+        picture(path, speed, rows, size=(16, 3.8))
     elif rows and "log" in rows[0]:
         picture(path, points_lost, rows, size=(11, 7))
     elif policies and task == "warmup":

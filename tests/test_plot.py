@@ -41,8 +41,8 @@ abc,CPU,2,bfloat16,Some-7B,1,dense,148,11.34,0,1,1,,torch 2,40.6
 abc,CPU,2,bfloat16,Some-7B,1,ffnskip,148,13.66,0.3,1.2047,1.213,1.004,torch 2,40.6
 abc,CPU,2,bfloat16,Some-7B,16,ffnskip,148,99,0.5,9,9,9,torch 2,40.6
 abc,Other,2,bfloat16,Some-7B,1,dense,148,20,0,1,1,,torch 2,40.6
-abc,CPU,2,bfloat16,other,1,dense,148,99,0,1,1,,torch 2,40.6
-abc,CPU,2,bfloat16,other,1,ffnskip,148,99,0.2,0.9,1.1,-1.72,torch 2,40.6
+def,GPU,,bfloat16,other,1,dense,148,99,0,1,1,,torch 2,40.6
+def,GPU,,bfloat16,other,1,ffnskip,148,99,0.2,0.9,1.1,-1.72,torch 2,40.6
 """
 
 
@@ -336,7 +336,9 @@ def test_worst_cases_are_drawn_by_position(monkeypatch, tmp_path):
 def test_speed_is_drawn_for_each_model_with_the_bound(monkeypatch, folder):
     figure = figure_of(monkeypatch, folder / "b.csv")
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles == [f"{model}\nbfloat16, 2 threads of CPU" for model in ("Some-7B", "other")]
+    assert titles == [
+        "Some-7B\nbfloat16, 2 threads of CPU\n148 columns of cache", "other\nbfloat16, GPU\n148 columns of cache"
+    ]  # fmt: skip
     curves = curves_of(figure.axes[0])
     assert curves["ffnskip"] == [(0, 1), (0.3, 1.2047)] and curves["bound by bytes"] == [(0, 1), (0.3, 1.213)]
 
