@@ -54,27 +54,32 @@ import common
 from load_weights import load_model, load_tokenizer
 
 DRAWN = "random", "random_but_first", "random_run", "static", "static_run"  # policies that draw at random
+OWN = "dense", "ffnskip", "printed"  # policies that no factory makes
 TEXT_TASKS = "perplexity", "warmup"
+
+
+def checksum(path):
+    return f"{zlib.crc32(Path(path).read_bytes()):08x}"
 
 
 def edition(name):
     """What a policy's rows are kept under: FILE.py:FACTORY@CHECKSUM, so that a changed file is run again."""
     file, _, _ = name.rpartition(":")
-    return f"{name}@{zlib.crc32(Path(file).read_bytes()):08x}" if file else name
+    return f"{name}@{checksum(file)}" if file else name
 
 
 def fit_of(name, options, ckpt):
     """What the setting of a policy's row ends with: the checksum of the fit that it is given; "" if it takes none."""
-    if name in ("dense", "ffnskip", "printed") or not common.takes_fit(common.find_factory(name)):
+    if name in OWN or not common.takes_fit(common.find_factory(name)):
         return ""
     path = common.find_fitted(options, ckpt)
-    return f" fit={zlib.crc32(Path(path).read_bytes()):08x}" if path and Path(path).exists() else ""
+    return f" fit={checksum(path)}" if path and Path(path).exists() else ""
 
 
 def bytes_per_skip(name, model):
     """Bytes of weights not read when the policy called `name` skips one FFN block, and those of the block alone."""
     parts = ["feed_forward"]
-    if name not in ("dense", "ffnskip", "printed"):
+    if name not in OWN:
         parts += getattr(common.find_factory(name), "also_skips", ())
     skipped = 0
     for part, weight in model.layers[0].named_parameters():
@@ -131,7 +136,7 @@ def parse_args(argv):
     add("task", choices=TASKS)
     add("--data", metavar="FILE", help="see the tasks above; for mmlu a folder")
     common.add_model_arguments(parser)
-    add("--policies", type=listed(str), default=["dense", "ffnskip", "printed", *POLICIES], metavar="A,B",
+    add("--policies", type=listed(str), default=[*OWN, *POLICIES], metavar="A,B",
         help="dense, ffnskip, printed (Algorithm 1 as printed: skip up to cold_e), names in baselines.py, "
         "FILE.py:FACTORY; default: all")
     add("--skip", type=listed(float), default=[0.05, 0.15, 0.25, 0.35], metavar="R,R",
@@ -201,7 +206,7 @@ def main(argv=None):
     options = parse_args(argv)
     load, run = TASKS[options.task]
     for name in options.policies:
-        if name not in ("dense", "ffnskip", "printed"):
+        if name not in OWN:
             common.find_factory(name)
     device = common.find_device(options.device)
     data = load(options.data, options) if options.data else None
@@ -215,11 +220,12 @@ def main(argv=None):
     table = Table(options.output, common_settings)
     known = {field.name: getattr(options, field.name) for field in fields(Context) if hasattr(options, field.name)}
     context = Context(**known, first=max(options.warm_up) + 1)
+    fits = {name: fit_of(name, options, ckpt) for name in options.policies}  # once, since such a file may be large
     calibration = None
     for name, skip, match, warm_up_index, seed in grid(options):
         key = dict(policy=edition(name), skip=skip, match=match, warm_up_index=warm_up_index, seed=seed)
         whole, ffn = bytes_per_skip(name, model)
-        known_row, fit = table.find(key), fit_of(name, options, ckpt)
+        known_row, fit = table.find(key), fits[name]
         if known_row and not known_row["setting"].endswith(fit):
             raise ValueError(f"{options.output}: its row of {name} is of another fit: give another --output")
         if known_row or (match == "bytes" and (whole == ffn or skip is None)):
