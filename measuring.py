@@ -119,28 +119,39 @@ def as_tokens(model, ids):
     return torch.tensor([ids], device=model.tok_embeddings.weight.device)
 
 
-def measure(model, windows, warm_up_index):
-    """(tokens, n_layers) fp32: cosine before and after each FFN block of the dense model, past the warm-up."""
-    everything = FFNSkip(0, model.args.n_layers, math.inf, warm_up_index)  # measures every layer, skips none
+def measure(model, windows, warm_up_index, policy=None):
+    """
+    (tokens, n_layers) fp32: cosine before and after each FFN block of the dense model, past the warm-up; or what
+    another policy records in its place. ValueError if all windows (ids, prompt_len) end within the warm-up.
+    """
+    if policy is None:
+        policy = FFNSkip(0, model.args.n_layers, math.inf, warm_up_index)  # measures every layer, skips none
     cosines = []
     for ids, prompt_len in progress(windows, "measuring"):
         trace = Trace(cosines=True)
-        model(as_tokens(model, ids), policy=everything, prompt_len=prompt_len, trace=trace, last_only=True)
+        model(as_tokens(model, ids), policy=policy, prompt_len=prompt_len, trace=trace, last_only=True)
         cosines.append(trace.cosine[:, 0, trace.token_index[0] > warm_up_index].T)
         check_finite(cosines[-1])
-    return torch.cat(cosines)
+    cosines = torch.cat(cosines)
+    check_past_warm_up(len(cosines), ids, warm_up_index)
+    return cosines
+
+
+def check_past_warm_up(n, ids, warm_up_index):
+    """Raise ValueError unless there is any of n, in windows of which ids is the last."""
+    if not n:
+        raise ValueError(f"no text in windows of {len(ids)} tokens lies past the warm-up of {warm_up_index + 1}")
 
 
 def skip_ratio(model, policy, windows):
     """The ffn_skip_ratio of the policy over windows (ids, prompt_len). ValueError if all end within its warm-up."""
-    skipped, blocks = 0, 0
+    skipped, blocks, warm_up_index = 0, 0, getattr(policy, "warm_up_index", -1)
     for ids, prompt_len in windows:
         trace = Trace()
         model(as_tokens(model, ids), policy=policy, prompt_len=prompt_len, trace=trace, last_only=True)
-        counts = trace.counts(getattr(policy, "warm_up_index", -1))
+        counts = trace.counts(warm_up_index)
         skipped, blocks = skipped + counts[0], blocks + counts[1]
-    if not blocks:
-        raise ValueError(f"no text in windows of {len(ids)} tokens lies past the warm-up of {policy.warm_up_index + 1}")
+    check_past_warm_up(blocks, ids, warm_up_index)
     return skipped / blocks
 
 

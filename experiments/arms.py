@@ -15,16 +15,15 @@ from standins import StandIns, load
 
 from calibrate import cold_regions, plan, skip_per_layer
 from measuring import as_windows, measure
-from skip import Trace
 
 
 def by_layer(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
     """The same layers for all tokens, those of the least predicted harm in the mean: no decision per token."""
     parts, _ = load(fitted, model)
     n_layers, warm_up_index = model.args.n_layers, warm_up(warm_up_index)
-    watching, trace = StandIns(parts, -math.inf, n_layers, warm_up_index), Trace(cosines=True)
-    model(calibration_text(model, tokens, seed), policy=watching, trace=trace, last_only=True)
-    harm = trace.cosine.flatten(1).nanmean(1).log()  # (n_layers,), logarithms of nats
+    watching = StandIns(parts, -math.inf, n_layers, warm_up_index)
+    windows = as_windows(calibration_text(model, tokens, seed))
+    harm = measure(model, windows, warm_up_index, watching).mean(0).log()  # (n_layers,), logarithms of nats
     fixed = dict(probe=[torch.zeros_like(probe) for probe in parts["probe"]], bias=harm.tolist())
     budget = harm.sort().values[round(skip * n_layers)].item()
     return StandIns(parts | fixed, budget, n_layers, warm_up_index)

@@ -27,7 +27,7 @@ from fit_standins import PARTS, WARM_UP_INDEX, add_maps, centre_offset, fit_twic
 import common
 from generate import load as load_checkpoint
 from graphs import read, run
-from measuring import as_windows, bring_to, quality, quality_table, skip_ratio
+from measuring import as_windows, measure, quality, quality_table
 from one_row import as_row, linear
 
 MAP = "down", "up", "mean", "centre", "offset"  # the parts of a fit that stand in
@@ -119,7 +119,9 @@ def make(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
     parts, about = load(fitted, model)
     warm_up_index = WARM_UP_INDEX if warm_up_index is None else warm_up_index
     if tokens is not None:
-        return at_ratio(model, parts, skip, model.args.n_layers, as_windows(tokens), warm_up_index)
+        n_layers = model.args.n_layers
+        budgets = find_budgets(model, parts, [(skip, n_layers)], as_windows(tokens), warm_up_index)
+        return StandIns(parts, budgets[0], n_layers, warm_up_index)
     ratios, budgets = zip(*about["budgets"])
     if not ratios[0] <= skip <= ratios[-1]:
         raise ValueError(f"--skip {skip}: {fitted} knows budgets for {ratios[0]} to {ratios[-1]}")
@@ -132,15 +134,25 @@ def cap(model, skip):
     return max(math.floor((skip + 0.1) * n_layers), math.ceil(skip * n_layers))  # the second if ten points are no block
 
 
-def at_ratio(model, parts, skip, most, windows, warm_up_index=WARM_UP_INDEX, low=-3.0, high=12.0):
-    """The StandIns whose budget skips the share `skip` of the blocks of windows: e^-shift nats, from low to high."""
-    nat = StandIns(parts, 0.0, most, warm_up_index)
-
-    def at(shift):
-        policy = nat.shifted(shift)
-        return policy, skip_ratio(model, policy, windows)
-
-    return bring_to(at, low, high, skip, tolerance=0.005)[0]
+def find_budgets(model, parts, wanted, windows, warm_up_index=WARM_UP_INDEX):
+    """
+    For each (skip, most) wanted, the log budget at which the share `skip` of the blocks of windows is predicted to do
+    less harm, counting `most` per token: the policy skips so many, up to half a point.
+    """
+    n_layers = model.args.n_layers
+    policy, budgets = StandIns(parts, -math.inf, n_layers, warm_up_index), []
+    harm = measure(model, windows, warm_up_index, policy)  # (tokens, n_layers) in nats
+    for skip, most in common.progress(wanted, "budgets"):
+        for _ in range(8):  # what is skipped changes later predictions a little: mostly one pass is enough
+            least = harm.topk(most, largest=False).values.flatten().sort().values  # (tokens * most,)
+            budget = least[min(round(skip * harm.numel()), len(least) - 1)]
+            policy.log_budget = budget.log().item()
+            harm = measure(model, windows, warm_up_index, policy)
+            below = (harm < budget).sum(1).clamp(max=most).sum().item()
+            if abs(below / harm.numel() - skip) <= 0.005:
+                break
+        budgets.append(policy.log_budget)
+    return budgets
 
 
 def load(path, model):
@@ -202,11 +214,9 @@ def main(argv=None):
     windows, text_held, chat_held = gather(model, tokenizer, options)
     fitted = fit_twice(model, windows, options.maps, options.rank, options.seed)
     parts = ready(fitted, model.tok_embeddings.weight.dtype)
-    budgets, search = [], {}
-    for skip in common.progress([0.05, 0.1, 0.15, 0.2, 0.25, 0.3], "budgets"):
-        log_budget = at_ratio(model, parts, skip, cap(model, skip), chat_held, **search).log_budget
-        search = dict(low=-log_budget - 2, high=-log_budget + 1)  # for the next one, which is mostly larger
-        budgets.append([skip, log_budget])
+    shares = 0.05, 0.1, 0.15, 0.2, 0.25, 0.3
+    found = find_budgets(model, parts, [(skip, cap(model, skip)) for skip in shares], chat_held)
+    budgets = list(zip(shares, found))
     reference, measured = {}, {}
     tried = {"dense": -math.inf, "budget of 15 % of chat": budgets[2][1], "budget of 25 % of chat": budgets[4][1]}
     for name, log_budget in tried.items():

@@ -205,6 +205,18 @@ def test_a_fit_brings_a_policy_to_its_ratio_and_does_less_harm_than_leaving_bloc
     assert standins.cap(tiny_model(n_layers=30), 0.15) == 7  # 23 %: no answer is more than ten points off
 
 
+def test_budgets_are_those_at_which_the_wanted_shares_are_skipped():
+    """With a cap and without, one after the other; under a cap that allows no more than the share, all of it."""
+    model, tokens = tiny_model(), text(tiny_model(), 4, 60)
+    parts, windows = standins.ready(random_fit(model), torch.float32), measuring.as_windows(tokens)
+    wanted = [(0.1, 1), (0.25, 2), (0.4, 4), (0.2, 4), (0.25, 1), (0.0, 4)]
+    for (skip, most), budget in zip(wanted, standins.find_budgets(model, parts, wanted, windows, 2), strict=True):
+        policy = standins.StandIns(parts, budget, most, warm_up_index=2)
+        assert measuring.skip_ratio(model, policy, windows) == pytest.approx(skip, abs=0.01)
+    with pytest.raises(ValueError, match="no text in windows of 60 tokens lies past the warm-up of 61"):
+        standins.find_budgets(model, parts, wanted, windows, 60)
+
+
 def test_mistakes_are_one_line(tmp_path, capsys):
     model, file = tiny_model(), tmp_path / "f.safetensors"
     with pytest.raises(ValueError, match="needs a fit of this checkpoint: python experiments/standins.py"):
