@@ -22,6 +22,7 @@ import torch
 
 import common
 import parallel
+import policies
 from generate import load
 from load_weights import read_checkpoint
 from measuring import (
@@ -274,7 +275,7 @@ def describe_curve(cosines, makers, cold_s, cold_e, corpus):
 def main(argv=None):
     options = parse_args(argv)
     ckpt = None if options.cosines and not options.ckpt else common.find_checkpoint(options.ckpt)
-    out = Path(options.out) if options.out else common.settings_path(ckpt)
+    out = Path(options.out) if options.out else policies.settings_path(ckpt)
     name = common.model_name(ckpt) if ckpt else out.stem
     common.check_outputs(out, options.plot, options.save_cosines)
     if options.plot:

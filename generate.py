@@ -17,6 +17,7 @@ import torch
 
 import common
 import parallel
+import policies
 from graphs import add_graphs
 from load_weights import load_model, load_tokenizer
 from model import KVCache, dense
@@ -246,7 +247,7 @@ def parse_args(argv):
     add("--show-skips", action="store_true", help="shade each token by how many of its FFN blocks were skipped")
     add("--trace", metavar="FILE", help="write what was skipped: a page for the browser if FILE ends in .html, else "
         "CSV, one row per token")
-    add = common.add_skip_arguments(parser).add_argument
+    add = policies.add_skip_arguments(parser).add_argument
     add("--policy", help="dense, ffnskip (the default where there are settings), standins, one of "
         "experiments/baselines.py, or FILE.py:FACTORY")
     add("--skip", type=float, metavar="R", help="share of all FFN blocks to skip past the warm-up")
@@ -290,7 +291,7 @@ def choose_policy(options, ckpt, model):
     """The name, the policy and its settings that the command line asks for."""
     settings = {}
     if options.policy in (None, "ffnskip"):
-        settings = common.find_settings(options, ckpt, model.args.n_layers)
+        settings = policies.find_settings(options, ckpt, model.args.n_layers)
     name = options.policy or ("ffnskip" if settings or options.skip is not None else "dense")
     if options.standins and name != "standins" and ":" not in name:
         raise ValueError(f"--standins is for --policy standins, and the policy is {name}")
@@ -298,8 +299,8 @@ def choose_policy(options, ckpt, model):
         command = "python calibrate.py" + (f" --ckpt {options.ckpt}" if options.ckpt else "")
         name_of_model = common.model_name(ckpt)
         print(f"[no skip settings for {name_of_model}, so nothing is skipped: {command} makes them]", file=sys.stderr)
-    fitted = common.find_fitted(options, ckpt)
-    policy = common.find_policy(
+    fitted = policies.find_fitted(options, ckpt)
+    policy = policies.find_policy(
         name, model, settings, options.skip, options.warm_up_index, seed=options.seed, fitted=fitted
     )
     if name == "ffnskip":

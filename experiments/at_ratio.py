@@ -11,6 +11,7 @@ import torch
 from tasks import WRITTEN, count_blocks, ratios, with_shared_prefix
 
 import common
+import policies
 from calibrate import cold_regions
 from measuring import bring_to, measure, skip_ratio
 from model import dense
@@ -46,9 +47,9 @@ def prompts_ratio(model, policy, prompts, context):
 
 def at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, options):
     """(policy, its ratio): a baseline or a policy of a file, brought as near to `skip` of the FFN blocks as it goes."""
-    factory, own = common.find_factory(name), {}  # own: arguments of three policies alone
-    if common.takes_fit(factory):
-        own = dict(fitted=common.find_fitted(options, common.find_checkpoint(options.ckpt)))
+    factory, own = policies.find_factory(name), {}  # own: arguments of three policies alone
+    if policies.takes_fit(factory):
+        own = dict(fitted=policies.find_fitted(options, common.find_checkpoint(options.ckpt)))
     if name == "skipdecode":
         own = dict(target_len=calibration.target_len)
     if name == "static":
@@ -102,7 +103,7 @@ def make_policy(name, model, skip, calibration, settings, warm_up_index, seed, o
         return at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, options)
     settings = dict(sim_threshold=1.0) | settings
     settings.pop("ratios", None)  # --skip is reached on the calibration text instead
-    base = common.find_policy("ffnskip", model, settings, warm_up_index=warm_up_index)
+    base = policies.find_policy("ffnskip", model, settings, warm_up_index=warm_up_index)
     if name == "printed":  # with the one threshold of the paper, and cold regions by rule, whatever the settings have
         cold_s, cold_e = options.printed_cold or cold_regions(calibration.cosines.mean(0))
         threshold = 1.0 if options.sim_threshold is None else options.sim_threshold

@@ -51,6 +51,7 @@ from table import Table, cell
 from tasks import PROMPTS, TASKS, WRITTEN, Context, full_windows, held_out
 
 import common
+import policies
 from load_weights import load_model, load_tokenizer
 
 DRAWN = "random", "random_but_first", "random_run", "static", "static_run"  # policies that draw at random
@@ -70,9 +71,9 @@ def edition(name):
 
 def fit_of(name, options, ckpt):
     """What the setting of a policy's row ends with: the checksum of the fit that it is given; "" if it takes none."""
-    if name in OWN or not common.takes_fit(common.find_factory(name)):
+    if name in OWN or not policies.takes_fit(policies.find_factory(name)):
         return ""
-    path = common.find_fitted(options, ckpt)
+    path = policies.find_fitted(options, ckpt)
     return f" fit={checksum(path)}" if path and Path(path).exists() else ""
 
 
@@ -80,7 +81,7 @@ def bytes_per_skip(name, model):
     """Bytes of weights not read when the policy called `name` skips one FFN block, and those of the block alone."""
     parts = ["feed_forward"]
     if name not in OWN:
-        parts += getattr(common.find_factory(name), "also_skips", ())
+        parts += getattr(policies.find_factory(name), "also_skips", ())
     skipped = 0
     for part, weight in model.layers[0].named_parameters():
         if part.startswith(tuple(parts)):
@@ -166,7 +167,7 @@ def parse_args(argv):
     add("--chat", action="store_true", help="the checkpoint's chat template instead of the paper's prompt")
     add("--batch-size", type=common.positive, default=16, metavar="N", help="texts at a time (default 16)")
     add("--output", metavar="CSV", help="default: experiments/results/TASK.csv, without --data TASK_own_text.csv")
-    group = common.add_skip_arguments(parser)
+    group = policies.add_skip_arguments(parser)
     group.add_argument("--printed-cold", type=listed(int), metavar="S,E",
                        help="cold_s and cold_e of `printed` (default: by calibrate.py's rule on --calibration)")
     options = parser.parse_args(argv)
@@ -207,12 +208,12 @@ def main(argv=None):
     load, run = TASKS[options.task]
     for name in options.policies:
         if name not in OWN:
-            common.find_factory(name)
+            policies.find_factory(name)
     device = common.find_device(options.device)
     data = load(options.data, options) if options.data else None
     ckpt = common.find_checkpoint(options.ckpt)
     tokenizer, model = load_tokenizer(ckpt), load_model(ckpt, device, options.dtype)
-    settings = common.find_settings(options, ckpt, model.args.n_layers)
+    settings = policies.find_settings(options, ckpt, model.args.n_layers)
     common_settings = {key: getattr(options, key) for key in SETTINGS}
     if {"ffnskip", "printed"} & set(options.policies):  # rows made with other ones are no rows of this table
         common_settings["skip"] = {key: value for key, value in settings.items() if key != "ratios"}

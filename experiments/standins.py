@@ -25,6 +25,7 @@ sys.path[:0] = str(HERE), str(HERE.parent)  # common.py opens this file by its p
 from fit_standins import PARTS, WARM_UP_INDEX, add_maps, centre_offset, fit_twice, gather, nearest
 
 import common
+import policies
 from generate import load as load_checkpoint
 from graphs import read, run
 from measuring import as_windows, measure, quality, quality_table
@@ -206,7 +207,7 @@ def parse_args(argv):
 def main(argv=None):
     options = parse_args(argv)
     ckpt = common.find_checkpoint(options.ckpt)
-    out = Path(options.out) if options.out else common.fitted_path(ckpt)
+    out = Path(options.out) if options.out else policies.fitted_path(ckpt)
     common.check_outputs(out)
     tokenizer, model = load_checkpoint(ckpt, common.find_device(options.device), options.dtype)
     if not 0 <= options.rank <= model.args.dim:

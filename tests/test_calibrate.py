@@ -15,6 +15,7 @@ from tiny import Bytes, mistake, random_ids, status, tiny_model, walk
 
 import calibrate
 import common
+import policies
 from calibrate import candidates, cold_regions, gather_windows, plan, replay, skip_per_layer, verify
 from generate import main as generate_main
 from measuring import measure, quality, read_cosines, skip_ratio, text_windows
@@ -300,7 +301,7 @@ def test_the_ratios_in_the_settings_are_what_the_shifts_skip_of_the_text_held_ou
     assert not [window for window in held_out if window in measured]
     settings = json.loads(file.read_text())
     assert abs(settings["achieved_skip"] - 0.2) <= 0.01
-    loaded = common.load_settings(file, "tiny", 8)
+    loaded = policies.load_settings(file, "tiny", 8)
     policy = FFNSkip(**{key: value for key, value in loaded.items() if key != "ratios"})
     shifts, ratios = zip(*settings["ratios"])
     assert ratios[0] <= 0.03 and ratios[-1] >= 0.35 and len(ratios) > 6
@@ -309,7 +310,7 @@ def test_the_ratios_in_the_settings_are_what_the_shifts_skip_of_the_text_held_ou
     for shift, ratio in settings["ratios"]:
         assert skip_ratio(model, policy.shifted(shift), held_out) == pytest.approx(ratio, abs=5.1e-5)  # four digits
     for low, high in zip(ratios, ratios[1:]):
-        planned = common.find_policy("ffnskip", model, loaded, (low + high) / 2)
+        planned = policies.find_policy("ffnskip", model, loaded, (low + high) / 2)
         assert low - 0.005 <= skip_ratio(model, planned, held_out) <= high + 0.005
 
 

@@ -1,4 +1,4 @@
-"""common.py: settings and where they are found, policies by their names, and mistakes that are told in one line."""
+"""common.py and policies.py: settings and where they are found, policies by name, and mistakes told in one line."""
 
 import json
 
@@ -11,9 +11,10 @@ from test_golden import GOLDEN
 from tiny import mistake, status, tiny_model
 
 import common
-from common import find_policy, find_settings, first_difference, load_settings, model_name
+from common import first_difference, model_name
 from generate import choose_policy, main, parse_args
 from model import dense
+from policies import add_skip_arguments, find_policy, find_settings, load_settings
 from skip import FFNSkip
 
 CKPT = str(GOLDEN / "hf-gqa")
@@ -32,7 +33,7 @@ def test_a_checkpoint_is_known_by_its_name_without_format_and_quantisation(tmp_p
 
 def options(*flags):
     parser = common.Parser("")
-    common.add_skip_arguments(parser)
+    add_skip_arguments(parser)
     return parser.parse_args(list(map(str, flags)))
 
 

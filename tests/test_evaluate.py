@@ -21,6 +21,7 @@ from test_standins import random_fit, write_fit
 from tiny import Bytes, mistake, random_ids, start, tiny_model, write_data
 
 import common
+import policies
 from calibrate import cold_regions
 from measuring import mean_interval, measure, skip_ratio
 from skip import FFNSkip
@@ -302,7 +303,7 @@ def test_a_policy_file_that_changed_is_run_again_on_text_of_the_models_own(run, 
     assert run("perplexity", None, "--policies", f"{file}:make") == first and len(first) == 1
     assert first[0]["policy"].startswith(f"{file}:make@") and int(first[0]["tokens"]) == 16 * 64
     file.write_text("from baselines import Checkerboard as make\n")
-    common.load_module.cache_clear()  # another run is another process
+    policies.load_module.cache_clear()  # another run is another process
     second = run("perplexity", None, "--policies", f"{file}:make")
     assert len(second) == 2 and second[0] == first[0] and second[1]["kl"] != first[0]["kl"]
 

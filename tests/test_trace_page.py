@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny import Bytes, tiny_model
 
-import common
 from generate import Generation, parse_args
 from model import dense
+from policies import find_policy
 from skip import FFNSkip
 from trace_page import write_page
 
@@ -85,7 +85,7 @@ def test_the_page_knows_the_settings_of_a_policy_where_it_has_some(tmp_path, mod
     (run,) = page_of(tmp_path / "x.html", generations(model, SKIP))[1]["runs"]
     assert (run["cold_s"], run["cold_e"], run["warm_up_index"], run["label"]) == (1, 5, 1, "cosine")
     assert run["thresholds"] == [0.9, 0.7, "inf", 0.5, 0.9, 0.9] and run["mean"][0] is None and run["mean"][1] < 1
-    other = common.find_policy("random", model, skip=0.5, warm_up_index=3)
+    other = find_policy("random", model, skip=0.5, warm_up_index=3)
     (run,) = page_of(tmp_path / "x.html", generations(model, other))[1]["runs"]
     assert (run["cold_s"], run["cold_e"], run["warm_up_index"], run["label"]) == (0, 6, 3, "value")
     assert run["thresholds"] == [None] * 6

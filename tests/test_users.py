@@ -14,9 +14,10 @@ from tiny import mistake, start, tiny_model
 import calibrate
 import common
 import generate
-from common import find_checkpoint, load_settings, model_name, read_utf8, settings_path, to_json
+from common import find_checkpoint, model_name, read_utf8, to_json
 from measuring import measure, read_cosines, read_jsonl, read_text
 from one_row import cosine_of_one
+from policies import load_settings, settings_path
 from skip import FFNSkip
 
 CKPT = str(GOLDEN / "hf-gqa")

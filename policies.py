@@ -1,0 +1,196 @@
+"""
+Policies by their names, and what belongs to a checkpoint for them: the skip settings that calibrate.py writes, and the
+fit that experiments/standins.py writes.
+"""
+
+import functools
+import importlib.util
+import inspect
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy
+
+from common import HERE, LoadError, beside, first_line, model_name, policy_files, read_json
+from model import dense
+from skip import FFNSkip
+
+
+def add_skip_arguments(parser):
+    """--skip-config and a flag for each setting of FFNSkip but warm_up_index; returns the group."""
+    group = parser.add_argument_group(
+        "skipping", "Settings come from --skip-config, else from skip.json in the checkpoint's folder (STEM.skip.json "
+        "beside a GGUF file), else from config/; each flag overrides one of them.")
+    add = group.add_argument
+    add("--skip-config", metavar="FILE", help="settings for ffnskip, as calibrate.py writes them")
+    add("--sim-threshold", type=float, metavar="C", help="cosine before and after an FFN block from which on to skip")
+    add("--cold-s", type=int, metavar="L", help="layers below L always run in full")
+    add("--cold-e", type=int, metavar="L", help="layers from L on always run in full")
+    add("--k", type=int, help="skip K blocks at a time; 0: all up to --cold-e, as Algorithm 1 is printed")
+    add("--no-recheck", dest="recheck", action="store_false", default=None, help="after K blocks, run the rest in full")
+    add("--full-every", type=int, metavar="N", help="run every Nth token in full; 0: none")
+    add("--standins", metavar="FILE", help="the fit of experiments/standins.py, for --policy standins")
+    return group
+
+
+def find_policy(name, model, settings=None, skip=None, warm_up_index=None, tokens=None, seed=0, fitted=None):
+    """
+    The policy called `name`: dense, ffnskip (from its settings), standins, one of experiments/baselines.py, or
+    FILE.py:FACTORY as in find_factory. skip, warm_up_index: None for what the settings or the policy say. `fitted`, the
+    file of a fit, is for a factory that has an argument of that name. Raises ValueError.
+    """
+    if name == "dense":
+        if skip is not None or warm_up_index is not None:
+            raise ValueError("--skip and --warm-up-index are not for policy dense, which skips nothing")
+        return dense
+    if name == "ffnskip":
+        settings = dict(settings or {})
+        if warm_up_index is not None:
+            settings["warm_up_index"] = warm_up_index
+        return find_ffnskip(settings, skip, model.args.n_layers)
+    make = find_factory(name)
+    if skip is None:
+        raise ValueError(f"policy {name} needs --skip, the share of feed-forward blocks to skip")
+    arguments = dict(warm_up_index=warm_up_index, tokens=tokens, seed=seed)
+    try:
+        if takes_fit(make):
+            arguments["fitted"] = fitted
+        inspect.signature(make).bind(model, skip, **arguments)
+    except TypeError as error:
+        signature = "(model, skip, warm_up_index=None, tokens=None, seed=0)"
+        raise ValueError(f"policy {name} must take {signature}: {first_line(error)}") from None
+    policy = make(model, skip, **arguments)
+    if policy is None:
+        raise ValueError(f"policy {name} returns None: expected a policy(layers, x, step)")
+    return policy
+
+
+def find_ffnskip(settings, skip, n_layers):
+    """FFNSkip with these settings; with `skip`, its thresholds moved to where they are planned to skip that share."""
+    ratios = settings.pop("ratios", None)
+    missing = [key for key in ("cold_s", "cold_e", "sim_threshold") if key not in settings]
+    if missing:
+        raise ValueError(f"policy ffnskip has no {', '.join(missing)} for this checkpoint: python calibrate.py "
+                         "--ckpt ... finds them, or give --cold-s, --cold-e and --sim-threshold")
+    policy = FFNSkip(**settings)
+    policy.check(n_layers)
+    if skip is None:
+        return policy
+    command = f"python calibrate.py --ckpt ... --skip {skip}"
+    if not ratios:
+        raise ValueError(f"--skip {skip}: these settings do not tell thresholds from ratios; {command} finds out")
+    try:
+        pairs = sorted((float(ratio), float(shift)) for shift, ratio in ratios)
+    except (TypeError, ValueError):
+        raise ValueError(f"ratios in the settings: not a list of [shift, ratio] pairs; {command} makes them") from None
+    least, most = pairs[0][0], pairs[-1][0]
+    if not least <= skip <= most:
+        raise ValueError(f"--skip {skip}: these settings reach {least:.3f} to {most:.3f}; {command} looks for others")
+    return policy.shifted(float(numpy.interp(skip, *zip(*pairs))))
+
+
+def find_factory(name):
+    """make(model, skip, warm_up_index=None, tokens=None, seed=0) -> policy, by its name. Raises ValueError."""
+    if name == "standins":
+        return load_module(HERE / "experiments" / "standins.py").make
+    file, _, factory = name.rpartition(":")
+    policies = load_module(HERE / "experiments" / "baselines.py").POLICIES
+    make = getattr(load_module(Path(file)), factory, None) if file else policies.get(name)
+    if not callable(make) and file:
+        raise ValueError(f"no policy {name}: {file} defines no function or class {factory}")
+    if not callable(make):
+        names = ", ".join(policies)
+        raise ValueError(f"no policy {name}: choose from dense, ffnskip, standins, {names}, or FILE.py:FACTORY")
+    return make
+
+
+@functools.lru_cache  # a second look gives the same classes
+def load_module(path):
+    """The module in a Python file, for policies that are not part of this folder."""
+    if not path.is_file():
+        raise ValueError(f"no policy file {path}")
+    for module in list(sys.modules.values()):
+        if getattr(module, "__file__", None) == str(path.resolve()):
+            return module
+    if str(HERE) not in sys.path:
+        sys.path.insert(0, str(HERE))  # so that a policy file, wherever it lies, can import model and skip
+    if path.resolve().parent != HERE / "experiments":  # whose mistakes are the user's, in words, without a line
+        policy_files.add(str(path.resolve()))
+    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    if spec is None:
+        raise ValueError(f"{path}: not a Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def takes_fit(factory):
+    """Whether a policy's factory has a parameter `fitted`, the path of a file as experiments/standins.py writes it."""
+    return "fitted" in inspect.signature(factory).parameters
+
+
+def find_settings(options, ckpt, n_layers):
+    """FFNSkip's arguments from --skip-config, the checkpoint's folder or config/, and from the flags; {} if none."""
+    name, settings = model_name(ckpt), {}
+    if options.skip_config:
+        settings = load_settings(options.skip_config, name, n_layers)
+    else:
+        for path in settings_path(ckpt), HERE / "config" / f"{name}.json":
+            if path.exists():
+                settings = load_settings(path, name, n_layers)
+                break
+    for field in fields(FFNSkip):
+        value = getattr(options, field.name, None)
+        if value is not None and field.name != "warm_up_index":
+            settings[field.name] = None if value == 0 and field.name in ("k", "full_every") else value
+            settings.pop("ratios", None)  # which were measured without that flag
+    return settings
+
+
+def load_settings(path, name, n_layers):
+    """The arguments of FFNSkip in a settings file, and its `ratios`. Raises ValueError if they are another model's."""
+    try:
+        settings = read_json(Path(path))
+    except LoadError as error:
+        raise ValueError(f"{path}: not a file of skip settings: {error}") from None
+    if not isinstance(settings.get("model", ""), str) or not isinstance(settings.get("n_layers", 0), int):
+        raise ValueError(f"{path}: not a file of skip settings: model must be a text, n_layers a whole number")
+    if settings.get("n_layers", n_layers) != n_layers:
+        raise ValueError(f"{path}: made for a model of {settings['n_layers']} layers, and {name} has {n_layers}")
+    if settings.get("model", name).lower() != name:
+        raise ValueError(f"{path}: made for {settings['model']}, and this is {name}: calibrate.py makes settings, "
+                         'or, if it is the same model, change "model" in the file')
+    known = [field.name for field in fields(FFNSkip)] + ["ratios"]
+    settings = {key: settings[key] for key in known if key in settings}
+    threshold = settings.get("sim_threshold")
+    if isinstance(threshold, list):
+        settings["sim_threshold"] = [from_json(value) for value in threshold]
+    elif threshold is not None:
+        settings["sim_threshold"] = from_json(threshold)
+    return settings
+
+
+def from_json(value):
+    """A number that to_json has written."""
+    return float(value) if value in ("inf", "-inf") else value
+
+
+def settings_path(ckpt):
+    """Where calibrate.py leaves a checkpoint's skip settings."""
+    return beside(ckpt, "skip.json")
+
+
+def fitted_path(ckpt):
+    """Where experiments/standins.py leaves its fit of a checkpoint."""
+    return beside(ckpt, "standins.safetensors")
+
+
+def find_fitted(options, ckpt):
+    """The fit that --standins names, or one beside the checkpoint or under config/; None if there is none."""
+    if options.standins:
+        return options.standins
+    for path in fitted_path(ckpt), HERE / "config" / f"{model_name(ckpt)}.standins.safetensors":
+        if path.exists():
+            return path
+    return None
