@@ -221,7 +221,8 @@ def fit_twice(model, windows, n, rank, seed):
     """The tensors of fit: first on a part of the windows without skipping, which tells the budget for DESIGN."""
     gradient = gradients(model, windows, seed)
     every = min(4, max(1, len(windows) // 10))  # ten at least, so that some are held
-    _, predictions = fit(model, windows[::every], [g[::every] for g in gradient], n, rank)
+    few = max(1, n // every)  # maps, so that each has as many tokens to learn from
+    _, predictions = fit(model, windows[::every], [g[::every] for g in gradient], few, rank)
     fitted, _ = fit(model, windows, gradient, n, rank, predictions.flatten()[::7].quantile(DESIGN).item())
     dtype = model.tok_embeddings.weight.dtype
     return fitted | {name: fitted[name].to(dtype) for name in ("down", "up", "mean", "centre")}

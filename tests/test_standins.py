@@ -1,7 +1,10 @@
 """standins.py: closed forms against plain ones, and a policy that keeps what every policy here promises."""
 
+import argparse
 import json
 import math
+import operator
+import re
 import subprocess
 
 import arms
@@ -11,7 +14,7 @@ import standins
 import torch
 from safetensors.torch import save_file
 from test_golden import GOLDEN
-from tiny import close, mistake, new_cache, run, start, tiny_model
+from tiny import Bytes, close, mistake, new_cache, run, start, tiny_model
 
 import common
 import generate
@@ -215,6 +218,32 @@ def test_budgets_are_those_at_which_the_wanted_shares_are_skipped():
         assert measuring.skip_ratio(model, policy, windows) == pytest.approx(skip, abs=0.01)
     with pytest.raises(ValueError, match="no text in windows of 60 tokens lies past the warm-up of 61"):
         standins.find_budgets(model, parts, wanted, windows, 60)
+
+
+def test_what_is_held_out_is_the_end_of_every_file_and_not_fitted_on(model, tmp_path):
+    """Of text the last eighth, and of chat the last eight, whose sentences no other chat is about."""
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file in files:
+        file.write_text("\n".join(f"Sentence {i} of file {file.stem} is here." for i in range(200)))
+    options = argparse.Namespace(text=files, tokens=8192, seed=0)
+    windows, text_held, chat_held = fit_standins.gather(model, Bytes(), options)
+    assert [prompt_len for _, prompt_len in text_held] == [0, 0]
+    for file, (ids, _) in zip(files, text_held, strict=True):
+        assert bytes(ids).decode() == file.read_text()[3584:4096]
+    assert sum(prompt_len == 0 for _, prompt_len in windows) == 14 and len(chat_held) == 16
+    kinds = [prompt_len > 0 for _, prompt_len in windows]
+    assert sum(map(operator.ne, kinds, kinds[1:])) > 3  # in the order of files they would change three times
+    for name, held in ("a", chat_held[:8]), ("b", chat_held[8:]):
+        own = [window for window in windows if window[1] and f"file {name}".encode() in bytes(window[0])]
+        assert len(own) >= 14 and max(map(sentence_number, own)) < min(map(sentence_number, held))
+        assert all(f"file {name}".encode() in bytes(ids) for ids, _ in held)
+    for ids, prompt_len in [window for window in windows if window[1]] + chat_held:
+        first = next(generate.generate(model, ids[:prompt_len], 1))
+        assert first == ids[prompt_len]
+
+
+def sentence_number(window):
+    return int(re.search(rb"Sentence (\d+)", bytes(window[0]))[1])
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
