@@ -122,7 +122,7 @@ def as_tokens(model, ids):
 def measure(model, windows, warm_up_index, policy=None):
     """
     (tokens, n_layers) fp32: cosine before and after each FFN block of the dense model, past the warm-up; or what
-    another policy records in its place. ValueError if all windows (ids, prompt_len) end within the warm-up.
+    another policy, which must record it for every layer, compares in its place. Empty if no window is that long.
     """
     if policy is None:
         policy = FFNSkip(0, model.args.n_layers, math.inf, warm_up_index)  # measures every layer, skips none
@@ -132,15 +132,14 @@ def measure(model, windows, warm_up_index, policy=None):
         model(as_tokens(model, ids), policy=policy, prompt_len=prompt_len, trace=trace, last_only=True)
         cosines.append(trace.cosine[:, 0, trace.token_index[0] > warm_up_index].T)
         check_finite(cosines[-1])
-    cosines = torch.cat(cosines)
-    check_past_warm_up(len(cosines), ids, warm_up_index)
-    return cosines
+    return torch.cat(cosines)
 
 
-def check_past_warm_up(n, ids, warm_up_index):
-    """Raise ValueError unless there is any of n, in windows of which ids is the last."""
+def check_past_warm_up(n, windows, warm_up_index):
+    """Raise ValueError if n, what was found in windows past the warm-up, is nothing."""
     if not n:
-        raise ValueError(f"no text in windows of {len(ids)} tokens lies past the warm-up of {warm_up_index + 1}")
+        size = len(windows[-1][0])
+        raise ValueError(f"no text in windows of {size} tokens lies past the warm-up of {warm_up_index + 1}")
 
 
 def skip_ratio(model, policy, windows):
@@ -151,7 +150,7 @@ def skip_ratio(model, policy, windows):
         model(as_tokens(model, ids), policy=policy, prompt_len=prompt_len, trace=trace, last_only=True)
         counts = trace.counts(warm_up_index)
         skipped, blocks = skipped + counts[0], blocks + counts[1]
-    check_past_warm_up(blocks, ids, warm_up_index)
+    check_past_warm_up(blocks, windows, warm_up_index)
     return skipped / blocks
 
 

@@ -101,6 +101,8 @@ def make_policy(name, model, skip, calibration, settings, warm_up_index, seed, o
         return dense, 0.0
     if name not in ("ffnskip", "printed"):
         return at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, options)
+    if not len(calibration.cosines):
+        raise ValueError("the texts to calibrate on end within the largest warm-up")
     settings = dict(sim_threshold=1.0) | settings
     settings.pop("ratios", None)  # --skip is reached on the calibration text instead
     base = policies.find_policy("ffnskip", model, settings, warm_up_index=warm_up_index)

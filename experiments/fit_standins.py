@@ -228,13 +228,18 @@ def fit_twice(model, windows, n, rank, seed):
     return fitted | {name: fitted[name].to(dtype) for name in ("down", "up", "mean", "centre")}
 
 
-def chat_windows(model, tokenizer, text, n, n_new=192):
-    """n windows (ids, prompt_len): REQUESTS about sentences of the text, and the model's greedy answers."""
+def chat_windows(model, tokenizer, text, n, apart, n_new=192):
+    """
+    n windows (ids, prompt_len): REQUESTS about sentences of the text, and the model's greedy answers. Sentences that
+    the text `apart` has are left out.
+    """
     sentences = [re.split(r"(?<=[.!?])\s", line.strip())[0] for line in text.split("\n")]
     sentences = [sentence for sentence in sentences if 20 < len(sentence) < 200]
     windows, prompts, batch = [], [], 32
     longest = model.args.max_seq_len - WARM_UP_INDEX - 10
     for i, sentence in enumerate(sentences[:: max(1, len(sentences) // n)][:n]):
+        if sentence in apart:
+            continue
         try:
             message = REQUESTS[i % len(REQUESTS)].format(sentence)
             prompts.append(tokenizer.chat([dict(role="user", content=message)]))
@@ -252,9 +257,11 @@ def gather(model, tokenizer, options):
     for file in options.text:
         text = read_text([file])
         found = text_windows(tokenizer, text, options.tokens // len(options.text), min(512, model.args.max_seq_len))
+        n_text = max(1, len(found) // 8)
+        apart = "".join(tokenizer.decode(ids) for ids, _ in found[-n_text:])
         n_chats = max(8, options.tokens // len(options.text) // 256)  # of about 128 tokens: half as many as of text
-        chat = chat_windows(model, tokenizer, text, n_chats + n_held)
-        for some, held, n in (found, text_held, max(1, len(found) // 8)), (chat, chat_held, n_held):
+        chat = chat_windows(model, tokenizer, text, n_chats + n_held, apart)
+        for some, held, n in (found, text_held, n_text), (chat, chat_held, n_held):
             windows += some[:-n]
             held += some[-n:]
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed)).tolist()

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = str(HERE), str(HERE.parent)  # common.py opens this file by its path
+sys.path[:0] = str(HERE), str(HERE.parent)  # policies.py opens this file by its path
 
 from fit_standins import PARTS, WARM_UP_INDEX, add_maps, centre_offset, fit_twice, gather, nearest
 
@@ -28,7 +28,7 @@ import common
 import policies
 from generate import load as load_checkpoint
 from graphs import read, run
-from measuring import as_windows, measure, quality, quality_table
+from measuring import as_windows, check_past_warm_up, measure, quality, quality_table
 from one_row import as_row, linear
 
 MAP = "down", "up", "mean", "centre", "offset"  # the parts of a fit that stand in
@@ -140,15 +140,17 @@ def find_budgets(model, parts, wanted, windows, warm_up_index=WARM_UP_INDEX):
     For each (skip, most) wanted, the log budget at which the share `skip` of the blocks of windows is predicted to do
     less harm, counting `most` per token: the policy skips so many, up to half a point.
     """
-    n_layers = model.args.n_layers
-    policy, budgets = StandIns(parts, -math.inf, n_layers, warm_up_index), []
-    harm = measure(model, windows, warm_up_index, policy)  # (tokens, n_layers) in nats
+    policy, budgets = StandIns(parts, -math.inf, model.args.n_layers, warm_up_index), []
+    harm = measure(model, windows, warm_up_index, policy).log()  # (tokens, n_layers), log nats
+    check_past_warm_up(len(harm), windows, warm_up_index)
     for skip, most in common.progress(wanted, "budgets"):
-        for _ in range(8):  # what is skipped changes later predictions a little: mostly one pass is enough
+        for _ in range(8):  # what is skipped changes later predictions a little
             least = harm.topk(most, largest=False).values.flatten().sort().values  # (tokens * most,)
-            budget = least[min(round(skip * harm.numel()), len(least) - 1)]
-            policy.log_budget = budget.log().item()
-            harm = measure(model, windows, warm_up_index, policy)
+            budget = least[min(round(skip * harm.numel()), len(least) - 1)].item()
+            if budget == policy.log_budget:  # as near as it goes
+                break
+            policy.log_budget = budget
+            harm = measure(model, windows, warm_up_index, policy).log()
             below = (harm < budget).sum(1).clamp(max=most).sum().item()
             if abs(below / harm.numel() - skip) <= 0.005:
                 break
@@ -173,6 +175,8 @@ def load(path, model):
     if (n_layers, dim) != (model.args.n_layers, model.args.dim) or not budgets:
         raise ValueError(f"{path}: fitted for {n_layers} layers of width {dim}, and this model has "
                          f"{model.args.n_layers} of {model.args.dim}")
+    if not all(part.isfinite().all() for part in parts.values()):
+        raise ValueError(f"{path}: numbers in it are not finite: fit anew")
     if about.get("weights") != fingerprint(model):
         raise ValueError(f"{path}: fitted for other weights, those of {about.get('model')}: fit these anew")
     return ready(parts, weight.dtype), about

@@ -135,6 +135,18 @@ def test_the_warm_up_index_of_a_row_reaches_its_policy(model, name):
         assert policy.warm_up_index == warm_up_index
 
 
+def test_a_text_too_short_for_a_later_row_is_enough_for_those_before(model):
+    """One that ends within the largest warm-up: what needs its cosines is told in one line, what does not is made."""
+    tokens = torch.tensor([random_ids(20, vocab_size=128)])
+    calibration = on_text(model, tokens, 0, 30, 20)
+    assert make_policy("random", model, 0.2, calibration, {}, 4, 0, options())[1] == pytest.approx(0.2, abs=0.06)
+    with pytest.raises(ValueError, match="no text in windows of 20 tokens lies past the warm-up of 31"):
+        make_policy("random", model, 0.2, calibration, {}, 30, 0, options())
+    for name in "ffnskip", "printed":
+        with pytest.raises(ValueError, match="the texts to calibrate on end within the largest warm-up"):
+            make_policy(name, model, 0.2, calibration, dict(cold_s=1, cold_e=5), 4, 0, options())
+
+
 @pytest.mark.parametrize("threshold", [0.9, [0.5, 0.6, 0.7, 0.6, 0.5, 0.5]])
 def test_printed_is_algorithm_1_as_printed(model, threshold):
     """One threshold, and cold regions by the rule from the calibration text, whatever the settings hold."""

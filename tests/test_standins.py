@@ -208,20 +208,46 @@ def test_a_fit_brings_a_policy_to_its_ratio_and_does_less_harm_than_leaving_bloc
     assert standins.cap(tiny_model(n_layers=30), 0.15) == 7  # 23 %: no answer is more than ten points off
 
 
-def test_budgets_are_those_at_which_the_wanted_shares_are_skipped():
-    """With a cap and without, one after the other; under a cap that allows no more than the share, all of it."""
+def test_budgets_are_those_at_which_the_wanted_shares_are_skipped(monkeypatch):
+    """With a cap and without, one after the other, in few passes; where the cap allows no more than the share, all."""
     model, tokens = tiny_model(), text(tiny_model(), 4, 60)
     parts, windows = standins.ready(random_fit(model), torch.float32), measuring.as_windows(tokens)
     wanted = [(0.1, 1), (0.25, 2), (0.4, 4), (0.2, 4), (0.25, 1), (0.0, 4)]
-    for (skip, most), budget in zip(wanted, standins.find_budgets(model, parts, wanted, windows, 2), strict=True):
+    passes = count_calls(monkeypatch, standins, "measure")
+    budgets = standins.find_budgets(model, parts, wanted, windows, 2)
+    assert len(passes) <= 1 + 2 * len(wanted)
+    for (skip, most), budget in zip(wanted, budgets, strict=True):
         policy = standins.StandIns(parts, budget, most, warm_up_index=2)
-        assert measuring.skip_ratio(model, policy, windows) == pytest.approx(skip, abs=0.01)
+        assert measuring.skip_ratio(model, policy, windows) == pytest.approx(skip, abs=0.006)
+    passes.clear()
+    standins.find_budgets(model, parts, [(0.9, 2)], windows, 2)  # which no budget reaches
+    assert len(passes) <= 3
     with pytest.raises(ValueError, match="no text in windows of 60 tokens lies past the warm-up of 61"):
         standins.find_budgets(model, parts, wanted, windows, 60)
 
 
+def count_calls(monkeypatch, module, name):
+    """A list that grows by the arguments of each call of the module's function."""
+    calls, function = [], getattr(module, name)
+
+    def counted(*args):
+        calls.append(args)
+        return function(*args)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("n, few", [(8, 2), (2, 1)])
+def test_the_first_fit_has_a_part_of_the_windows_and_of_the_maps(n, few, monkeypatch):
+    model = tiny_model(n_layers=2)
+    fits = count_calls(monkeypatch, fit_standins, "fit")
+    fit_standins.fit_twice(model, [(ids, 0) for ids in text(model, 40, 40).tolist()], n, rank=2, seed=0)
+    assert [(len(windows), n) for _, windows, _, n, *_ in fits] == [(10, few), (40, n)]
+
+
 def test_what_is_held_out_is_the_end_of_every_file_and_not_fitted_on(model, tmp_path):
-    """Of text the last eighth, and of chat the last eight, whose sentences no other chat is about."""
+    """Of text the last eighth, none of whose sentences is asked about, and of chat the last eight."""
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for file in files:
         file.write_text("\n".join(f"Sentence {i} of file {file.stem} is here." for i in range(200)))
@@ -235,7 +261,8 @@ def test_what_is_held_out_is_the_end_of_every_file_and_not_fitted_on(model, tmp_
     assert sum(map(operator.ne, kinds, kinds[1:])) > 3  # in the order of files they would change three times
     for name, held in ("a", chat_held[:8]), ("b", chat_held[8:]):
         own = [window for window in windows if window[1] and f"file {name}".encode() in bytes(window[0])]
-        assert len(own) >= 14 and max(map(sentence_number, own)) < min(map(sentence_number, held))
+        assert len(own) >= 12 and max(map(sentence_number, own)) < min(map(sentence_number, held))
+        assert not {119, 120, 128} & set(map(sentence_number, own))  # 120 and 128 would have their turn
         assert all(f"file {name}".encode() in bytes(ids) for ids, _ in held)
     for ids, prompt_len in [window for window in windows if window[1]] + chat_held:
         first = next(generate.generate(model, ids[:prompt_len], 1))
@@ -260,6 +287,10 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     write_fit(file, model, random_fit(model), [[0.1, -9.0]])
     with pytest.raises(ValueError, match="knows budgets for"):
         standins.make(model, 0.9, fitted=str(file))
+    write_fit(file, model, random_fit(model) | dict(bias=torch.full((model.args.n_layers,), math.nan)), [[0.1, -9.0]])
+    with pytest.raises(ValueError, match="numbers in it are not finite: fit anew"):
+        standins.make(model, 0.1, fitted=str(file))
+    write_fit(file, model, random_fit(model), [[0.1, -9.0]])
     with torch.no_grad():
         model.norm.weight[3] += 1
     with pytest.raises(ValueError, match="fitted for other weights, those of tiny: fit these anew"):
