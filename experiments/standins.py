@@ -145,7 +145,8 @@ def find_budgets(model, parts, wanted, windows, warm_up_index=WARM_UP_INDEX):
     check_past_warm_up(len(harm), windows, warm_up_index)
     for skip, most in common.progress(wanted, "budgets"):
         for _ in range(8):  # what is skipped changes later predictions a little
-            least = harm.topk(most, largest=False).values.flatten().sort().values  # (tokens * most,)
+            # the blocks that the cap lets tokens skip, by their harm: (tokens, n_layers) -> (tokens * most,)
+            least = harm.topk(most, largest=False).values.flatten().sort().values
             budget = least[min(round(skip * harm.numel()), len(least) - 1)].item()
             if budget == policy.log_budget:  # as near as it goes
                 break
