@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from one_row import Linear, RMSNorm, as_row, linear, products, scaled_dot_product_attention, with_parts
+from one_row import Linear, RMSNorm, as_row, knows_causal, linear, products, scaled_dot_product_attention, with_parts
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Step:
     positions: torch.Tensor  # (batch, seq) on the host; 0 in padding
     token_index: torch.Tensor  # (batch, seq) on the host: position - prompt_len, negative in the prompt and in padding
     freqs_cis: torch.Tensor  # (batch, seq, 1, head_dim / 2), the rotary factors of the positions
-    mask: torch.Tensor | None  # bool (batch or 1, 1, group * seq or 1, columns); None if a token sees every column
+    mask: torch.Tensor | None  # bool (batch or 1, 1, seq, columns); None if a token sees every column up to its own
     trace: object  # a skip.Trace, or None
     logits: object  # x (batch, seq, dim) -> fp32 logits (batch, seq, vocab): the model's final norm and head
 
@@ -160,13 +160,11 @@ class Attention(nn.Module):
     def forward(self, x, step, active=None):
         """What is added to the residual stream. x, (batch, seq, dim) or one row's (dim,), is that stream's norm."""
         batch, seq = step.positions.shape
-        n_heads, n_kv_heads, head_dim = self.args.n_heads, self.args.n_kv_heads, self.args.head_dim
+        n_heads, head_dim = self.args.n_heads, self.args.head_dim
         k, v = self.write_kv(x, step, active)
         q = apply_rotary_emb(self.wq(x).view(batch, seq, n_heads, head_dim), step.freqs_cis)  # -> (1, 1, 9, 64)
-        # The query heads of a group share keys: more queries of one head. -> (1, 9, 1, 64) -> (1, 3, 3 * 1, 64)
-        q = q.transpose(1, 2).reshape(batch, n_kv_heads, -1, head_dim)
-        out = scaled_dot_product_attention(q, k, v, step.mask, step.cache)
-        out = out.reshape(batch, n_heads, seq, head_dim).transpose(1, 2)  # back: (1, 9, 1, 64) -> (1, 1, 9, 64)
+        out = scaled_dot_product_attention(q.transpose(1, 2), k, v, step.mask, step.cache)  # -> (1, 9, 1, 64)
+        out = out.transpose(1, 2)  # back: (1, 9, 1, 64) -> (1, 1, 9, 64)
         return self.wo(out.reshape(*x.shape[:-1], n_heads * head_dim))  # -> (576,)
 
 
@@ -286,15 +284,15 @@ class Transformer(nn.Module):
         if cache.graphs is not None and cache.graphs.replays(self, tokens):  # and find the rest on the device
             return Step(cache, positions, token_index, None, None, trace, self.logits)
         mask, freqs_cis = None, cache.freqs_cis[positions.to(tokens.device)]
-        if len(columns) > 1 or cache.pad.any():
-            mask = causal_mask(columns, cache.pad, self.args.n_heads // self.args.n_kv_heads).to(tokens.device)
+        from_the_start = cache.length == 0 and knows_causal(tokens.device)
+        if cache.pad.any() or (len(columns) > 1 and not from_the_start):
+            mask = causal_mask(columns, cache.pad).to(tokens.device)
         return Step(cache, positions, token_index, freqs_cis, mask, trace, self.logits)
 
 
-def causal_mask(columns, pad, group):
-    """(batch or 1, 1, group * seq, keys) bool: the keys that `columns`, (seq,), see, repeated per head of a group."""
+def causal_mask(columns, pad):
+    """(batch or 1, 1, seq, keys) bool: the keys that `columns`, (seq,), see."""
     pad = pad[:, None, None] if pad.any() else pad[:1, None, None]  # without padding one mask serves every row
     query, key = columns[:, None], torch.arange(columns[-1] + 1)
     # no token sees padding, but padding sees itself, so that its softmax has a term and stays finite
-    mask = (key <= query) & ((key >= pad) | (query < pad))  # (1, seq, keys)
-    return mask.repeat(1, group, 1)[:, None]  # -> (1, 3 * seq, keys) -> (1, 1, 3 * seq, keys)
+    return ((key <= query) & ((key >= pad) | (query < pad)))[:, None]  # (1, seq, keys) -> (1, 1, seq, keys)

@@ -118,15 +118,28 @@ class RMSNorm(nn.RMSNorm):
         return (x32 * scale * self.weight).type_as(x)
 
 
+def knows_causal(device):
+    """Whether a text from its beginning needs no mask. With CUDA that would be cuDNN's kernel, whose bits vary."""
+    return device.type != "cuda"
+
+
 def scaled_dot_product_attention(q, k, v, mask, cache):
     """
-    PyTorch's, of q (batch, heads, seq, head_dim), except for one 16-bit query whose heads share no keys: without AMX
-    its kernel has a quarter of the speed of float32 copies, made for as many heads at a time as a scratch memory has
-    room for. The cache keeps that memory, since new memory costs more than the copies.
+    PyTorch's, (batch, n_heads, seq, head_dim), of q in that shape and k, v (batch, n_kv_heads, columns, head_dim), of
+    which groups of query heads share one. Where mask is None, a query sees every column up to its own.
+
+    One 16-bit query whose heads share no keys is another matter: without AMX PyTorch's kernel has a quarter of the
+    speed of float32 copies, made for as many heads at a time as a scratch memory has room for. The cache keeps that
+    memory, since new memory costs more than the copies.
     """
-    one = q.size(0) == q.size(2) == 1 and q.size(1) == k.size(1) and q.device.type == "cpu"
-    if not one or q.dtype == torch.float32 or AMX or not AVX512_BF16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    group = q.size(1) // k.size(1)
+    if q.size(2) > 1:  # every query head has a copy of the keys that it shares
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (1, 3, 100, 64) -> (1, 9, ...)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    one = q.size(0) == group == 1 and q.device.type == "cpu"
+    if not one or q.dtype == torch.float32 or AMX or not AVX512_BF16:  # a group's heads are more queries of one head
+        out = F.scaled_dot_product_attention(q.reshape(len(q), -1, group, q.size(3)), k, v, attn_mask=mask)
+        return out.reshape(q.shape)  # (1, 9, 1, 64) -> (1, 3, 3, 64), and back
     columns, head_dim = k.shape[2:]
     if cache.scratch is None:  # 2 MB each for keys and values, and always enough for one head
         cache.scratch = torch.empty(2, max(2**19, cache.max_seq_len * head_dim))

@@ -407,6 +407,27 @@ def test_a_hole_reads_as_zero_key_and_value():
     assert {(layer, position) for layer, _, position in (~cache.written).nonzero().tolist()} == skipped
 
 
+@given(st.data())
+def test_a_text_from_its_beginning_is_without_a_mask_what_it_is_with_one(data):
+    """A mask is made where columns lie before, where there is padding, and where the device wants one."""
+    model = data.draw(models())
+    tokens = data.draw(texts(model))["tokens"]
+    expected = model(tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_py, "knows_causal", lambda device: False)
+        assert close(model(tokens), expected)
+
+    cache, masks = KVCache(model.args, len(tokens), tokens.size(1) + 2), []
+
+    def policy(layers, x, step):
+        masks.append(step.mask)
+        return dense(layers, x, step)
+
+    model(tokens, cache, policy)
+    model(tokens[:, :1].expand(-1, 2), cache, policy)
+    assert masks[0] is None and masks[1].shape[2:] == (2, cache.max_seq_len)
+
+
 def test_no_device_is_named():
     source = Path(model_py.__file__).read_text().lower()
     assert not [name for name in ("cuda", "mps", "xpu", "is_available") if name in source]
