@@ -148,7 +148,7 @@ def gradients(model, windows, seed):
     For each layer, and each window, (tokens, DRAWS, dim) in the model's dtype: the gradients of the loss at the layer's
     output, each for labels drawn anew from the model's own predictions. To second order an error e there costs the mean
     of (g . e)^2 / 2 nats (the Fisher information). One layer at a time is run again under enable_grad, so that memory
-    holds one window's states.
+    holds one window's states. A prompt is not run again: its tokens never skip, and its keys are in the cache.
     """
     torch.manual_seed(seed)
     head = (model.output or model.tok_embeddings).weight  # (vocab, dim)
@@ -158,6 +158,9 @@ def gradients(model, windows, seed):
         states = [model.tok_embeddings(tokens)]  # (1, seq, dim) before each layer, and after the last
         for layer in model.layers:
             states.append(layer(states[-1], step))
+        states = [state[:, prompt_len:] for state in states]
+        step.cache.length = prompt_len  # to be forked from there
+        where = may_skip(step)[prompt_len:]
         probs = (model.logits(states[-1])[0] / TEMPERATURE).softmax(-1)  # (seq, vocab)
         labels = torch.multinomial(probs, DRAWS, replacement=True).T  # (DRAWS, seq)
         mean = probs.type_as(head) @ head  # (seq, dim): cross entropy's gradient before the head is this - head[label]
@@ -166,10 +169,11 @@ def gradients(model, windows, seed):
             normed = model.norm(x)
         found_here = [pull_back(normed, x, (mean - head[drawn])[None]) for drawn in labels]  # of (1, seq, dim) each
         for i in reversed(range(len(model.layers))):
-            found[i].append(torch.cat(found_here)[:, may_skip(step)].transpose(0, 1))  # -> (tokens, DRAWS, dim)
+            found[i].append(torch.cat(found_here)[:, where].transpose(0, 1))  # -> (tokens, DRAWS, dim)
+            again = model.prepare(tokens[:, prompt_len:], step.cache.fork(1, len(ids)), prompt_len, trace=None)
             with torch.enable_grad():
                 x = states[i].requires_grad_()
-                out = model.layers[i](x, new_step(model, ids, prompt_len)[1])
+                out = model.layers[i](x, again)
             found_here = [pull_back(out, x, g) for g in found_here]
     return found
 

@@ -105,23 +105,24 @@ def test_every_cell_has_a_map_of_its_own():
     assert errors[1] < 0.3 * errors[0]
 
 
-def test_gradients_are_those_of_the_whole_model():
+@pytest.mark.parametrize("prompt_len", [0, 7])
+def test_gradients_are_those_of_the_whole_model(prompt_len):
     """Layer by layer they equal what autograd finds for the sum of log-likelihoods of the labels that were drawn."""
     model = tiny_model(n_layers=3)
     ids = text(model, 1, 40)[0].tolist()
-    found = fit_standins.gradients(model, [(ids, 0)], seed=0)
+    found = fit_standins.gradients(model, [(ids, prompt_len)], seed=0)
     with torch.enable_grad():
         states = [model.tok_embeddings(torch.tensor([ids])).requires_grad_()]
         for layer in model.layers:  # each with a cache of its own, which is written in place
             states.append(layer(states[-1], fit_standins.new_step(model, ids, 0)[1]))
-        logits = model.logits(states[-1])[0] / fit_standins.TEMPERATURE
+        logits = model.logits(states[-1])[0, prompt_len:] / fit_standins.TEMPERATURE
     torch.manual_seed(0)
     labels = torch.multinomial(logits.detach().softmax(-1), fit_standins.DRAWS, replacement=True)
     for draw in range(fit_standins.DRAWS):
         loss = torch.nn.functional.cross_entropy(logits, labels[:, draw], reduction="sum")
         gradients = torch.autograd.grad(fit_standins.TEMPERATURE * loss, states[1:], retain_graph=True)
         for layer, gradient in enumerate(gradients):
-            assert close(found[layer][0][:, draw], gradient[0, 26:])
+            assert close(found[layer][0][:, draw], gradient[0, prompt_len + 26 :])
 
 
 def test_a_budget_of_nothing_is_dense_bit_for_bit():
