@@ -122,7 +122,7 @@ def as_tokens(model, ids):
 def measure(model, windows, warm_up_index, policy=None):
     """
     (tokens, n_layers) fp32: cosine before and after each FFN block of the dense model, past the warm-up; or what
-    another policy, which must record it for every layer, compares in its place. Empty if no window is that long.
+    another policy, which must record it for every layer, compares in its place. ValueError if no window is that long.
     """
     if policy is None:
         policy = FFNSkip(0, model.args.n_layers, math.inf, warm_up_index)  # measures every layer, skips none
@@ -132,14 +132,16 @@ def measure(model, windows, warm_up_index, policy=None):
         model(as_tokens(model, ids), policy=policy, prompt_len=prompt_len, trace=trace, last_only=True)
         cosines.append(trace.cosine[:, 0, trace.token_index[0] > warm_up_index].T)
         check_finite(cosines[-1])
-    return torch.cat(cosines)
+    cosines = torch.cat(cosines)
+    check_past_warm_up(len(cosines), windows, warm_up_index)
+    return cosines
 
 
 def check_past_warm_up(n, windows, warm_up_index):
     """Raise ValueError if n, what was found in windows past the warm-up, is nothing."""
     if not n:
         size = len(windows[-1][0])
-        raise ValueError(f"no text in windows of {size} tokens lies past the warm-up of {warm_up_index + 1}")
+        raise ValueError(f"no text in windows of {size} tokens lies past the warm-up of {warm_up_index + 1} tokens")
 
 
 def skip_ratio(model, policy, windows):

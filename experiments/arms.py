@@ -14,7 +14,7 @@ from fit_standins import fit_ridge, moments
 from standins import StandIns, load
 
 from calibrate import cold_regions, plan, skip_per_layer
-from measuring import as_windows, check_past_warm_up, measure
+from measuring import as_windows, measure
 
 
 def by_layer(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
@@ -23,9 +23,7 @@ def by_layer(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
     n_layers, warm_up_index = model.args.n_layers, warm_up(warm_up_index)
     watching = StandIns(parts, -math.inf, n_layers, warm_up_index)
     windows = as_windows(calibration_text(model, tokens, seed))
-    harm = measure(model, windows, warm_up_index, watching)  # (tokens, n_layers), nats
-    check_past_warm_up(len(harm), windows, warm_up_index)
-    harm = harm.mean(0).log()  # (n_layers,)
+    harm = measure(model, windows, warm_up_index, watching).mean(0).log()  # (n_layers,), log nats
     fixed = dict(probe=[torch.zeros_like(probe) for probe in parts["probe"]], bias=harm.tolist())
     budget = harm.sort().values[min(round(skip * n_layers), n_layers - 1)].item()
     return StandIns(parts | fixed, budget, n_layers, warm_up_index)
@@ -35,9 +33,7 @@ def by_cosine(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None)
     """Algorithm 1's decision as calibrate.py makes it best, k=1 and a threshold per layer, with stand-ins."""
     parts, _ = load(fitted, model)
     warm_up_index = warm_up(warm_up_index)
-    windows = as_windows(calibration_text(model, tokens, seed))
-    cosines = measure(model, windows, warm_up_index)
-    check_past_warm_up(len(cosines), windows, warm_up_index)
+    cosines = measure(model, as_windows(calibration_text(model, tokens, seed)), warm_up_index)
     regions = cold_regions(cosines.mean(0).tolist())
     policy, most = plan(cosines, partial(skip_per_layer, cosines, *regions, warm_up_index), skip)
     if policy is None:

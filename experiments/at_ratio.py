@@ -23,7 +23,7 @@ class Calibration:
     """What policies are brought to a ratio on."""
 
     tokens: torch.Tensor  # (batch, seq) ids of text, from which some policies are made
-    cosines: torch.Tensor  # (tokens, n_layers) of the dense model on it, past the largest warm-up of all rows
+    cosines: torch.Tensor  # (tokens, n_layers) of the dense model, past the largest warm-up of all rows; maybe none
     ratio_of: Callable  # policy -> its ffn_skip_ratio in texts such as the task's
     target_len: int  # tokens of such a text, without its prompt
 
@@ -31,7 +31,9 @@ class Calibration:
 def on_text(model, tokens, prompt_len, warm_up_index, target_len):
     """A Calibration on tokens (batch, seq), windows of text of which the first prompt_len tokens are prompt."""
     windows = [(ids, prompt_len) for ids in tokens.tolist()]
-    cosines = measure(model, windows, warm_up_index).cpu()
+    cosines = torch.empty(0, model.args.n_layers)
+    if tokens.size(1) - prompt_len > warm_up_index + 1:
+        cosines = measure(model, windows, warm_up_index).cpu()
     return Calibration(tokens, cosines, partial(skip_ratio, model, windows=windows), target_len)
 
 

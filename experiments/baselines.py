@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from calibrate import replay
-from measuring import as_windows, bring_to, check_past_warm_up, measure, skip_ratio, written_windows
+from measuring import as_windows, bring_to, measure, skip_ratio, written_windows
 from skip import FFNSkip
 
 
@@ -115,9 +115,7 @@ def authors(model, skip, warm_up_index=None, tokens=None, seed=0, max_seq_len=10
     policy = FFNSkip.authors(n_layers, 1, max_seq_len)
     if warm_up_index is not None:
         policy.warm_up_index = warm_up_index
-    windows = as_windows(calibration_text(model, tokens, seed))
-    cosines = measure(model, windows, policy.warm_up_index).cpu()
-    check_past_warm_up(len(cosines), windows, policy.warm_up_index)
+    cosines = measure(model, as_windows(calibration_text(model, tokens, seed)), policy.warm_up_index).cpu()
     misses = []  # by k, from 1 on
     for k in range(1, n_layers - 9):
         ratio = replay(cosines, replace(policy, k=k)) * 5 / 6  # every sixth token runs in full

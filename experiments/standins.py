@@ -28,7 +28,7 @@ import common
 import policies
 from generate import load as load_checkpoint
 from graphs import read, run
-from measuring import as_windows, check_past_warm_up, measure, quality, quality_table
+from measuring import as_windows, measure, quality, quality_table
 from one_row import as_row, linear
 
 MAP = "down", "up", "mean", "centre", "offset"  # the parts of a fit that stand in
@@ -142,7 +142,6 @@ def find_budgets(model, parts, wanted, windows, warm_up_index=WARM_UP_INDEX):
     """
     policy, budgets = StandIns(parts, -math.inf, model.args.n_layers, warm_up_index), []
     harm = measure(model, windows, warm_up_index, policy).log()  # (tokens, n_layers), log nats
-    check_past_warm_up(len(harm), windows, warm_up_index)
     for skip, most in common.progress(wanted, "budgets"):
         for _ in range(8):  # what is skipped changes later predictions a little
             # the blocks that the cap lets tokens skip, by their harm: (tokens, n_layers) -> (tokens * most,)

@@ -304,7 +304,7 @@ def test_the_warm_up_of_authors_is_that_of_their_code():
     assert POLICIES["authors"](model, 0.1, 5, max_seq_len=256).warm_up_index == 5
     with pytest.raises(ValueError, match="skips nothing in 10"):
         POLICIES["authors"](tiny_model(n_layers=10), 0.1)
-    with pytest.raises(ValueError, match="past the warm-up of 61"):
+    with pytest.raises(ValueError, match="past the warm-up of 61 tokens"):
         POLICIES["authors"](model, 0.1, 60, text(model, 4, 60))
 
 
