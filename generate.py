@@ -300,9 +300,8 @@ def choose_policy(options, ckpt, model):
         name_of_model = common.model_name(ckpt)
         print(f"[no skip settings for {name_of_model}, so nothing is skipped: {command} makes them]", file=sys.stderr)
     fitted = policies.find_fitted(options, ckpt)
-    policy = policies.find_policy(
-        name, model, settings, options.skip, options.warm_up_index, seed=options.seed, fitted=fitted
-    )
+    skip, warm_up_index, seed = options.skip, options.warm_up_index, options.seed
+    policy = policies.find_policy(name, model, settings, skip, warm_up_index, seed=seed, fitted=fitted)
     if name == "ffnskip":
         return name, policy, asdict(policy)
     return name, policy, {} if name == "dense" else dict(skip=options.skip)
