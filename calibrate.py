@@ -20,23 +20,23 @@ from pathlib import Path
 
 import torch
 
-import common
-import parallel
+from support import common
+from fast import parallel
 import policies
-from generate import load
-from load_weights import read_checkpoint
-from measuring import (
+from generate import written_windows
+from load_weights import load, read_checkpoint
+from support.measuring import (
     bring_to,
     measure,
     quality,
     quality_table,
     read_cosines,
     read_text,
+    replay,
     skip_ratio,
     text_windows,
-    written_windows,
 )
-from skip import FULL, FFNSkip
+from skip import FFNSkip
 
 NEVER = 2.0  # a threshold no cosine reaches
 
@@ -69,26 +69,6 @@ def cold_regions(curve):
         if left[i] >= smooth[-quarter:].max() - near:
             cold_e = start + i + 1
     return cold_s, cold_e
-
-
-def replay(cosines, policy):
-    """
-    The ffn_skip_ratio of an FFNSkip over recorded cosines (tokens, n_layers) past the warm-up, without full_every: a
-    prediction, since what is skipped changes later cosines. The walk of skip.py, with a layer's tokens at once.
-    """
-    n_layers = cosines.size(1)
-    thresholds = policy.thresholds(n_layers)
-    skip_state = torch.zeros(len(cosines), dtype=torch.long)  # as in skip.py, one number per token
-    skipped = 0
-    for i in range(policy.cold_s, policy.cold_e):
-        skips = skip_state > 0
-        skipped += skips.sum().item()
-        reached = (skip_state == 0) & (cosines[:, i].double() >= thresholds[i])  # in double, as Python compares
-        after = skip_state - skips.long()
-        if not policy.recheck:
-            after[skips & (after == 0)] = FULL
-        skip_state = torch.where(reached, policy.k or n_layers, after)
-    return skipped / cosines.numel()
 
 
 def plan(cosines, make, wanted):

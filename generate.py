@@ -15,16 +15,18 @@ from dataclasses import asdict
 
 import torch
 
-import common
-import parallel
+from support import common
+from support.common import check_finite, check_ids
+from fast import parallel
 import policies
-from graphs import add_graphs
-from load_weights import load_model, load_tokenizer
+from fast.graphs import add_graphs
+from load_weights import load
 from model import KVCache, dense
-from processes import from_first
-from show import TextStream, comparison_summary, layer_bar, print_texts, screen, summary, write, write_trace
-from skip import Trace
-from trace_page import write_page
+from fast.processes import from_first
+from support.chat import converse, first_messages
+from support.show import TextStream, comparison_summary, layer_bar, print_texts, screen, summary, write, write_trace
+from support.tracing import Trace
+from support.trace_page import write_page
 
 QUESTION = "What are the most famous sights of Paris?"
 
@@ -46,13 +48,6 @@ def sample(logits, temperature=0.0, top_p=1.0, generator=None):
         probs[before >= max(top_p, 1e-30)] = 0
         probs = torch.zeros_like(probs).scatter(-1, index, probs)
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
-
-
-def check_finite(values):
-    """Raise ValueError if a tensor that the model has computed holds an infinite number or NaN."""
-    if not values.isfinite().all():
-        raise ValueError("the model computes numbers that are not finite: try --dtype float32 or bfloat16; if that "
-                         "does not help, the weights are damaged")
 
 
 def generate(
@@ -114,12 +109,14 @@ def generate(
             return
 
 
-def check_ids(model, *texts):
-    """Raise ValueError if one of the texts, lists of ids, has an id beyond the model's embedding."""
-    rows = model.args.vocab_size
-    for ids in texts:
-        if ids and max(ids) >= rows:
-            raise ValueError(f"token {max(ids)} of the tokenizer has no row in tok_embeddings ({rows} rows)")
+def written_windows(model, prompts, n_new, seed, temperature=1.0, eos_ids=()):
+    """Windows (ids, prompt_len) of prompts, lists of ids, each with up to n_new tokens that the model draws for it."""
+    loop, windows = generate(model, prompts, n_new, temperature=temperature, seed=seed, eos_ids=eos_ids), []
+    steps = [step for step, _ in zip(loop, common.progress(range(n_new), "writing"))]
+    for row, prompt in enumerate(prompts):
+        written = [step[row] for step in steps if step[row] is not None]
+        windows.append((prompt + written, len(prompt)))
+    return windows
 
 
 class Generation:
@@ -307,17 +304,6 @@ def choose_policy(options, ckpt, model):
     return name, policy, {} if name == "dense" else dict(skip=options.skip)
 
 
-def load(ckpt, device, dtype):
-    """The tokenizer and the model of a checkpoint; with a bar on a terminal, since a GGUF file takes seconds."""
-    parts = load_tokenizer, functools.partial(load_model, device=device, dtype=dtype)
-    return [load_part(ckpt) for load_part in common.progress(parts, "loading")]
-
-
-def first_messages(options):
-    """What stands in a chat before the user's first message."""
-    return [] if options.system is None else [dict(role="system", content=options.system)]
-
-
 def main(argv=None):
     options = parse_args(argv)
     common.check_outputs(options.trace)
@@ -325,9 +311,8 @@ def main(argv=None):
     ckpt = common.find_checkpoint(options.ckpt)
     tokenizer, model = load(ckpt, common.find_device(options.device), options.dtype)
     if options.chat and not prompts:
-        from chat import converse  # which imports this file
-
-        return converse(options, ckpt, tokenizer, model)
+        choose = functools.partial(choose_policy, ckpt=ckpt, model=model)
+        return converse(options, ckpt, tokenizer, model, choose, Generation)
     chat = options.chat or (not prompts and options.ckpt is None)
     prompts = prompts or [QUESTION]
     if chat:

@@ -41,12 +41,13 @@ import torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import common
-import parallel
-from common import LoadError
-from gguf_file import ADVICE, file_kind, load_errors, locate, read_gguf, weight_files
+from support import common
+from fast import parallel
+from support.common import LoadError
+from fast import accelerate
+from support.gguf_file import ADVICE, file_kind, load_errors, locate, read_gguf, weight_files
 from model import ModelArgs, Transformer
-from tokenizer import SentencePieceTokenizer, load_tokenizer, tokenizer_folder
+from support.tokenizer import SentencePieceTokenizer, load_tokenizer, tokenizer_folder
 
 
 def load_model(path, device="cpu", dtype=None):
@@ -66,7 +67,13 @@ def load_model(path, device="cpu", dtype=None):
             dtype = dtype or tensor.dtype  # of the embedding, which comes first
             weights[name] = tensor.to(device, dtype)  # the mapped tensor itself, where nothing about it changes
     model.load_state_dict(weights, strict=True, assign=True)
-    return model.eval().requires_grad_(False)
+    return accelerate(model.eval().requires_grad_(False))
+
+
+def load(ckpt, device, dtype):
+    """The tokenizer and the model of a checkpoint; with a bar on a terminal, since a GGUF file takes seconds."""
+    parts = load_tokenizer, functools.partial(load_model, device=device, dtype=dtype)
+    return [load_part(ckpt) for load_part in common.progress(parts, "loading")]
 
 
 def empty_model(args):
@@ -223,6 +230,11 @@ def read_meta(config, files, shards):
         raise LoadError(f"{config}: mixture of experts and quantised weights are not supported: {ADVICE}")
     sizes = {key: params[key] for key in ModelArgs.__dataclass_fields__ if params.get(key) is not None}
     with load_errors(config):
+        if "hidden_dim" not in sizes:
+            # two thirds of 4 * dim, since SwiGLU has three matrices and not two; rounded up: 11008 for LLaMA-2-7B
+            hidden_dim = int((params.get("ffn_dim_multiplier") or 1) * int(2 * (4 * sizes.get("dim", 4096)) / 3))
+            multiple = params.get("multiple_of") or 256
+            sizes["hidden_dim"] = (hidden_dim + multiple - 1) // multiple * multiple
         args = ModelArgs(**sizes)
         if params.get("use_scaled_rope") and args.freq_factors is None:
             factor = params.get("rope_scaling_factor")

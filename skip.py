@@ -15,10 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from graphs import read
 from model import dense
-from one_row import cosine, cosine_of_one, is_one_row
-from tracing import Trace  # noqa: F401, for `from skip import FFNSkip, Trace`
 
 FULL = -1  # the skip_state of a token that runs in full, and is not compared
 
@@ -141,10 +138,7 @@ class FFNSkip:
         asked = step.trace is not None and step.trace.cosines
         if 0 not in skip_state or (self.threshold(layer) > 1.001 and not asked):
             return [-math.inf] * len(skip_state)
-        if is_one_row(h):
-            sim_score = [cosine_of_one(h, temp)]
-        else:
-            sim_score = read(layer, cosine, h, temp)  # (batch * seq,)
+        sim_score = layer.cosine(h, temp)
         if step.trace is not None:
             step.trace.record_cosine(layer.layer_id, sim_score, [n == 0 for n in skip_state])
         return sim_score

@@ -9,12 +9,12 @@ import math
 from functools import partial
 
 import torch
-from baselines import calibration_text, run_active, similarity, warm_up
+from policies.baselines import calibration_text, run_active, similarity, warm_up
 from fit_standins import fit_ridge, moments
-from standins import StandIns, load
+from policies.standins import StandIns, load
 
 from calibrate import cold_regions, plan, skip_per_layer
-from measuring import as_windows, measure
+from support.measuring import as_windows, measure
 
 
 def by_layer(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
@@ -60,7 +60,7 @@ class Replaceable:
 
     def __init__(self, layer, stand_ins):
         self.layer, self.layer_id, self.stand_ins = layer, layer.layer_id, stand_ins
-        self.add_attention = layer.add_attention
+        self.add_attention, self.cosine = layer.add_attention, layer.cosine
 
     def add_feed_forward(self, h, step, active=None):
         return self.stand_ins.add_feed_forward(self.layer, h, step, active)

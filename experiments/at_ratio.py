@@ -10,12 +10,13 @@ from functools import partial
 import torch
 from tasks import WRITTEN, count_blocks, ratios, with_shared_prefix
 
-import common
+from support import common
 import policies
 from calibrate import cold_regions
-from measuring import bring_to, measure, skip_ratio
+from support.measuring import bring_to, measure, skip_ratio
 from model import dense
-from skip import FFNSkip, Trace
+from skip import FFNSkip
+from support.tracing import Trace
 
 
 @dataclass

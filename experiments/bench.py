@@ -52,17 +52,25 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from peers import make_peers
-from standins import PARTS, StandIns, ready
+from policies.standins import PARTS, StandIns, ready
 
-import common
-import parallel
+from support import common
+from support.cache import rewind
+from fast import parallel
 from generate import peak_memory
-from graphs import add_graphs
+from fast import accelerate
+from fast.graphs import add_graphs
+from fast.one_row import way_of_one
 from load_weights import load_model
-from model import SIZES, KVCache, ModelArgs, Transformer
-from one_row import way_of_one
-from skip import FFNSkip, Trace
+from model import KVCache, ModelArgs, Transformer
+from skip import FFNSkip
+from support.tracing import Trace
 
+SIZES = {  # of the published LLaMA-2: ModelArgs(**SIZES["13B"])
+    "7B": dict(),
+    "13B": dict(dim=5120, n_layers=40, n_heads=40, hidden_dim=13824),
+    "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672),
+}
 VARIANTS = ["dense", "monitor", "fixed", "ffnskip", "standins"]
 COLUMNS = dict(
     variant=("variant", "{}"), ffn_skip_ratio=("skipped", "{:.1%}"), columns=("columns", "{}"),
@@ -153,7 +161,7 @@ class Variant:
         add_graphs(model, self.cache)
 
     def rewind(self):
-        self.cache.rewind()
+        rewind(self.cache)
         self.trace = Trace()
 
     def forward(self, tokens):
@@ -189,7 +197,7 @@ def random_model(options, device):
         weight.fill_(1)  # norms
         if weight.dim() > 1:
             weight.uniform_(-1, 1).mul_((3 / weight.size(1)) ** 0.5)
-    return model, f"{options.shape} with {args.n_layers} layers, random"
+    return accelerate(model), f"{options.shape} with {args.n_layers} layers, random"
 
 
 def bytes_needed(model, cache, columns, ffn_run=1.0):

@@ -45,12 +45,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from at_ratio import describe, make_policy, on_text, prompts_ratio
-from baselines import POLICIES, written_text
+from policies.baselines import POLICIES, written_text
 from readers import load_text
 from table import Table, cell
 from tasks import PROMPTS, TASKS, WRITTEN, Context, full_windows, held_out
 
-import common
+from support import common
 import policies
 from load_weights import load_model, load_tokenizer
 

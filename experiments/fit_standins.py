@@ -6,16 +6,24 @@ of all calibration windows past the warm-up, r is the rank, and n the number of 
 
 import math
 import re
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-import common
-from measuring import as_tokens, read_text, text_windows, written_windows
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import policies
+from generate import written_windows
+from load_weights import load
+from policies.standins import PARTS, WARM_UP_INDEX, StandIns, add_maps, cap, centre_offset, find_budgets, fingerprint, nearest, ready
+from safetensors.torch import save_file
+from support import common
+from support.cache import fork
+from support.measuring import as_tokens, quality, quality_table, read_text, text_windows
 from model import KVCache
 
-PARTS = "down", "up", "mean", "centre", "probe", "bias"
-WARM_UP_INDEX = 25
 DRAWS = 2  # of labels; with one, what is harmless by chance hides what is so by nature
 TEMPERATURE = 2.0  # of the labels: confident text, such as a greedy answer, is not free to skip
 OTHERS = 0.02  # what a token of any cell adds to the fit of a cell's map, where the cell's own weigh 1
@@ -70,23 +78,6 @@ def find_centres(x, n, steps=12):
         for i in cell.unique():
             centre[i] = x[cell == i].mean(0)
     return centre
-
-
-def centre_offset(centre):
-    """(..., n) that makes nearest() of a product: |x - c|^2 = |x|^2 - 2 (x . c - |c|^2 / 2)."""
-    return -centre.square().sum(-1) / 2
-
-
-def nearest(x, centre, offset):
-    """Of x (..., dim), the index (...) of the nearest centre."""
-    return F.linear(x, centre, offset).argmax(-1)
-
-
-def add_maps(out, normed, cell, down, up):
-    """out, (..., dim), to which the map of its cell (...) of every input in normed (..., dim) is added in place."""
-    for i in cell.unique().tolist():
-        out[cell == i] += F.linear(F.linear(normed[cell == i], down[i]), up[i])
-    return out
 
 
 def fit_maps(normed, out, weight, cell, n, rank):
@@ -170,7 +161,7 @@ def gradients(model, windows, seed):
         found_here = [pull_back(normed, x, (mean - head[drawn])[None]) for drawn in labels]  # of (1, seq, dim) each
         for i in reversed(range(len(model.layers))):
             found[i].append(torch.cat(found_here)[:, where].transpose(0, 1))  # -> (tokens, DRAWS, dim)
-            again = model.prepare(tokens[:, prompt_len:], step.cache.fork(1, len(ids)), prompt_len, trace=None)
+            again = model.prepare(tokens[:, prompt_len:], fork(step.cache, 1, len(ids)), prompt_len, trace=None)
             with torch.enable_grad():
                 x = states[i].requires_grad_()
                 out = model.layers[i](x, again)
@@ -272,3 +263,47 @@ def gather(model, tokenizer, options):
     if len(windows) < 10 or not chat_held:
         raise ValueError("too little text: at least ten windows of 512 tokens and lines with a sentence are needed")
     return [windows[i] for i in order], text_held, chat_held
+
+
+def parse_args(argv):
+    parser = common.Parser(__doc__)
+    common.add_model_arguments(parser)
+    add = parser.add_argument
+    add("--text", nargs="+", required=True, metavar="FILE", help='plain text or JSON lines with a key "text"')
+    add("--tokens", type=common.positive, default=10240, metavar="N", help="of text to work on (default 10240)")
+    add("--maps", type=common.positive, default=16, metavar="N", help="to choose from, per layer (default 16)")
+    add("--rank", type=int, default=64, metavar="R", help="of a map (default 64); 0: nothing stands in, to compare")
+    add("--out", metavar="FILE", help="default: standins.safetensors beside the checkpoint")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    options = parse_args(argv)
+    ckpt = common.find_checkpoint(options.ckpt)
+    out = Path(options.out) if options.out else policies.fitted_path(ckpt)
+    common.check_outputs(out)
+    tokenizer, model = load(ckpt, common.find_device(options.device), options.dtype)
+    if not 0 <= options.rank <= model.args.dim:
+        raise ValueError(f"--rank {options.rank} is not from 0 to the model's width {model.args.dim}")
+    windows, text_held, chat_held = gather(model, tokenizer, options)
+    fitted = fit_twice(model, windows, options.maps, options.rank, options.seed)
+    parts = ready(fitted, model.tok_embeddings.weight.dtype)
+    shares = 0.05, 0.1, 0.15, 0.2, 0.25, 0.3
+    found = find_budgets(model, parts, [(skip, cap(model, skip)) for skip in shares], chat_held)
+    budgets = list(zip(shares, found))
+    reference, measured = {}, {}
+    tried = {"dense": -math.inf, "budget of 15 % of chat": budgets[2][1], "budget of 25 % of chat": budgets[4][1]}
+    for name, log_budget in tried.items():
+        policy = StandIns(parts, log_budget, model.args.n_layers)
+        measured[name] = quality(model, text_held, policy, reference)
+    about = dict(model=common.model_name(ckpt), weights=fingerprint(model), maps=options.maps, rank=options.rank,
+                 seed=options.seed, budgets=budgets, quality=list(measured.values()),
+                 corpus=[Path(file).name for file in options.text], tokens=sum(len(ids) for ids, _ in windows),
+                 text_held=text_held, chat_held=chat_held)
+    save_file({name: value.contiguous().cpu() for name, value in fitted.items()}, out,
+              {name: common.to_json(value) for name, value in about.items()})
+    print(*quality_table(measured), f"written to {out}", sep="\n")
+
+
+if __name__ == "__main__":
+    common.run_command(main)

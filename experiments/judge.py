@@ -23,8 +23,8 @@ from rows import interval, logs, read
 from table import add_record, read_records
 from tasks import SUMMARIZE
 
-import common
-from measuring import numbered_jsonl
+from support import common
+from support.measuring import numbered_jsonl
 
 QUALITY = dict(quality="Does it serve the person who asked: is it correct, well reasoned, helpful and complete enough?")
 CRITERIA = dict(  # the paper's four for summaries

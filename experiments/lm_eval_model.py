@@ -19,10 +19,10 @@ sys.path.insert(0, str(HERE.parent))
 import evaluate
 from tasks import TASKS, count_blocks, means, ratios
 
-import common
+from support import common
 from generate import check_finite, generate
-from measuring import cut
-from skip import Trace
+from support.measuring import cut
+from support.tracing import Trace
 
 try:
     from lm_eval.api.model import TemplateLM  # an LM that divides texts into the tokens of context and continuation

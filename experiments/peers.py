@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-import gguf_file
+from support import gguf_file
 import load_weights
 
 

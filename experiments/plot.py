@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from rows import by_panel, interval, logs, read
 
-import common
+from support import common
 
 # One colour per policy in all pictures (Okabe and Ito's, which the colour-blind can tell apart), the rest grey.
 COLOURS = dict(

@@ -9,8 +9,8 @@ import math
 import random
 from pathlib import Path
 
-from common import read_utf8
-from measuring import numbered_jsonl, read_jsonl, read_text
+from support.common import read_utf8
+from support.measuring import numbered_jsonl, read_jsonl, read_text
 
 CLASSES = dict(small=470, medium=790, large=math.inf)  # the paper's three lengths of a story: its most words
 

@@ -7,7 +7,7 @@ import csv
 from operator import itemgetter
 from statistics import mean
 
-from measuring import mean_interval, paired_interval
+from support.measuring import mean_interval, paired_interval
 
 POLICIES = {"no_prune": "dense", "cosine_False": "ffnskip", "baseline_False": "static"}  # by log, inferred; else random
 FEWEST = 5  # scores that get an interval: a bootstrap of fewer says nothing

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-import common
-from measuring import mean_interval
+from support import common
+from support.measuring import mean_interval
 
 FEWEST = 5  # items that get an interval: a bootstrap of fewer says nothing
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from baselines import attended_missing, written_text
+from policies.baselines import attended_missing, written_text
 from readers import (
     CLASSES,
     length_class,
@@ -26,12 +26,13 @@ from readers import (
 )
 from table import add_record, columns, read_records
 
-from common import first_difference, progress
+from support.cache import fork
+from support.common import first_difference, progress
 from generate import check_finite, generate, sample
-from measuring import as_tokens, compare_with_dense, cut
+from support.measuring import as_tokens, compare_with_dense, cut
 from model import KVCache, dense
-from skip import Trace
-from tracing import saved_blocks
+from support.tracing import Trace
+from support.tracing import saved_blocks
 
 CHAT = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. USER: {} ASSISTANT:")
@@ -209,7 +210,7 @@ def with_shared_prefix(model, policy, prompts, room, context, name=""):
             groups.append([])
         groups[-1].append(i)
     for group in progress(groups, f"{context.label} {name}"):
-        cache = base.fork(len(group), len(prompts[group[0]]) + room)
+        cache = fork(base, len(group), len(prompts[group[0]]) + room)
         yield group, torch.tensor([prompts[i][n:] for i in group], device=weight.device), cache
 
 

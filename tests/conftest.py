@@ -11,7 +11,7 @@ sys.path[:0] = str(ROOT), str(ROOT / "experiments")
 
 from tiny import tiny_model
 
-from common import LoadError, demo_path
+from support.common import LoadError, demo_path
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 

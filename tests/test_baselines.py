@@ -4,18 +4,19 @@ import inspect
 import math
 from dataclasses import replace
 
-import baselines
+from policies import baselines
 import pytest
 import torch
 import torch.nn.functional as F
-from baselines import POLICIES
+from policies.baselines import POLICIES
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import chunkings, close, is_real, models, new_cache, poisoned_cache, run, texts, tiny_model, walk
 
-from measuring import skip_ratio
+from support.measuring import skip_ratio
 from model import ModelArgs, Transformer
-from skip import FFNSkip, Trace
+from skip import FFNSkip
+from support.tracing import Trace
 
 EXITS = ["statecopy", "statecopy_cosine", "earlyexit", "earlyexit_cosine"]
 CHANCE = ["random", "random_but_first", "random_run", "static", "static_run"]
@@ -371,7 +372,7 @@ def test_early_exit_by_hand(name):
         for layer in model.layers:
             if exited is not None:
                 if copy:
-                    layer.write_kv(exited, step)
+                    layer.attention.write_kv(layer.attention_norm(exited), step)
                 continue
             past, x = x, layer(x, step)
             if policy.measure is baselines.confidence:

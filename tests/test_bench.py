@@ -20,8 +20,9 @@ from tiny import tiny_model
 
 from generate import speedup_bound
 from load_weights import load_model
-from model import SIZES, KVCache, ModelArgs
-from skip import Trace
+from bench import SIZES
+from model import KVCache, ModelArgs
+from support.tracing import Trace
 
 ROOT = Path(__file__).parent.parent
 CKPT = str(GOLDEN / "hf-gqa")

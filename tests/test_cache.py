@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import DTYPES, chunkings, close, models, new_cache, run, texts, tiny_model
 
+from support.cache import fork, rewind
+
 
 def state(cache):
     """All that a later token can see of a cache."""
@@ -56,7 +58,7 @@ def test_a_rewound_cache_is_the_one_that_never_went_on(case):
         forward(model, tokens[:, :column], before, each, pad, policy)
     stood = state(cache)
     once = forward(model, tokens[:, column:], after, cache, pad if not column else None, other)
-    cache.rewind(column)
+    rewind(cache, column)
     assert same(state(cache), stood) and cache.length == column
     assert not cache.k[..., column:, :].any() and not cache.v[..., column:, :].any()
     assert not cache.written[..., column:].any()
@@ -70,9 +72,9 @@ def test_a_rewind_to_the_start_forgets_the_padding_and_one_to_later_keeps_it():
     model, tokens = tiny_model(), torch.arange(12).view(2, 6)
     cache = new_cache(model, 2)
     model(tokens, cache, pad=[0, 3])
-    cache.rewind(4)
+    rewind(cache, 4)
     assert cache.pad.tolist() == [0, 3] and cache.length == 4
-    cache.rewind()
+    rewind(cache)
     assert same(state(cache), state(new_cache(model, 2)))
     logits = model(tokens, cache, pad=[1, 0])  # another padding than before
     assert torch.equal(logits, model(tokens, pad=[1, 0]))
@@ -85,18 +87,18 @@ def test_a_fork_goes_on_as_row_0_would(case, batch):
     model.float()
     cache = new_cache(model, len(tokens))
     forward(model, tokens[:, :column], before, cache, pad, policy)
-    stood, fork = state(cache), cache.fork(batch, 30)
+    stood, new = state(cache), fork(cache, batch, 30)
     for row in range(batch):
-        for own, its in (fork.k, cache.k), (fork.v, cache.v):
+        for own, its in (new.k, cache.k), (new.v, cache.v):
             assert torch.equal(own[:, row, :, :column], its[:, 0, :, :column])
-        assert torch.equal(fork.written[:, row, :column], cache.written[:, 0, :column])
-    for rest in fork.k[..., column:, :], fork.v[..., column:, :], fork.written[..., column:]:
+        assert torch.equal(new.written[:, row, :column], cache.written[:, 0, :column])
+    for rest in new.k[..., column:, :], new.v[..., column:, :], new.written[..., column:]:
         assert not rest.any()
-    assert fork.k.size(3) == fork.max_seq_len == 30 and fork.length == column
+    assert new.k.size(3) == new.max_seq_len == 30 and new.length == column
     if after:
         start = 0 if pad is None else pad[0].item()
         own_pad = torch.full((batch,), start) if not column else None  # a cache that holds nothing has no padding yet
-        logits = forward(model, tokens[:1, column:].expand(batch, -1), after, fork, own_pad, policy)
+        logits = forward(model, tokens[:1, column:].expand(batch, -1), after, new, own_pad, policy)
         alone = model(tokens[:1, start:], policy=policy)
         for row in logits:
             assert close(row[max(0, start - column) :], alone[0, max(0, column - start) :])
@@ -107,10 +109,10 @@ def test_a_fork_keeps_the_dtype():
     model = tiny_model(dtype=torch.bfloat16)
     cache = new_cache(model, 1)
     model(torch.arange(5)[None], cache)
-    assert cache.fork(3, 9).k.dtype == cache.fork(3, 9).v.dtype == torch.bfloat16
+    assert fork(cache, 3, 9).k.dtype == fork(cache, 3, 9).v.dtype == torch.bfloat16
 
 
 def test_a_fork_cannot_be_longer_than_the_model_allows():
     model = tiny_model(max_seq_len=8)
     with pytest.raises(ValueError, match="max_seq_len 8"):
-        new_cache(model, 1, 8).fork(2, 9)
+        fork(new_cache(model, 1, 8), 2, 9)

@@ -14,11 +14,11 @@ from test_golden import GOLDEN
 from tiny import Bytes, mistake, random_ids, status, tiny_model, walk
 
 import calibrate
-import common
+from support import common
 import policies
 from calibrate import candidates, cold_regions, gather_windows, plan, replay, skip_per_layer, verify
 from generate import main as generate_main
-from measuring import measure, quality, read_cosines, skip_ratio, text_windows
+from support.measuring import measure, quality, read_cosines, skip_ratio, text_windows
 from skip import FFNSkip
 
 # --- cold regions -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """chat.py: a conversation says what fresh runs over the whole of it would say, and survives what its user types."""
 
 import io
+from functools import partial
 import os
 import pty
 import subprocess
@@ -9,8 +10,8 @@ import pytest
 from test_golden import GOLDEN
 from tiny import Bytes, start, tiny_model
 
-import chat
-from generate import Generation, generate, parse_args
+from support import chat
+from generate import Generation, choose_policy, generate, parse_args
 
 CKPT = GOLDEN / "hf-gqa"
 FLAGS = ["--chat", "--max-new-tokens", "6", "--policy", "dense"]
@@ -23,7 +24,7 @@ def talk(monkeypatch, capsys, model):
     def call(lines, *flags, model=model):
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         capsys.readouterr()
-        assert chat.converse(parse_args([*FLAGS, *flags]), CKPT, Bytes(), model) == 0
+        assert chat.converse(parse_args([*FLAGS, *flags]), CKPT, Bytes(), model, partial(choose_policy, ckpt=CKPT, model=model), Generation) == 0
         return capsys.readouterr()
 
     return call
@@ -120,7 +121,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(talk, model, monkeypa
 
 def test_a_pass_that_was_interrupted_leaves_nothing_in_the_cache(model):
     """A policy that writes only some entries would otherwise keep those of the pass before it."""
-    conversation = chat.Conversation(model, Bytes(), parse_args(FLAGS))
+    conversation = chat.Conversation(model, Bytes(), parse_args(FLAGS), Generation)
 
     def interrupted(layers, x, step):
         for layer in layers[:3]:

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from baselines import POLICIES
+from policies.baselines import POLICIES
 from hypothesis import given
 from hypothesis import strategies as st
 from test_golden import GOLDEN
 from tiny import mistake, status, tiny_model
 
-import common
-from common import first_difference, model_name
+from support import common
+from support.common import first_difference, model_name
 from generate import choose_policy, main, parse_args
 from model import dense
 from policies import add_skip_arguments, find_policy, find_settings, load_settings

@@ -12,7 +12,7 @@ import pytest
 import tasks
 import torch
 from at_ratio import describe, make_policy, on_text, prompts_ratio
-from baselines import POLICIES
+from policies.baselines import POLICIES
 from readers import load_questions, load_text
 from table import cell
 from tasks import TASKS, perplexity
@@ -20,10 +20,10 @@ from test_golden import GOLDEN
 from test_standins import random_fit, write_fit
 from tiny import Bytes, mistake, random_ids, start, tiny_model, write_data
 
-import common
+from support import common
 import policies
 from calibrate import cold_regions
-from measuring import mean_interval, measure, skip_ratio
+from support.measuring import mean_interval, measure, skip_ratio
 from skip import FFNSkip
 
 
@@ -212,7 +212,7 @@ def test_what_cannot_be_reached_gets_no_row(run, capsys):
 
 def test_a_policy_file_of_ones_own(run, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from baselines import RandomSkip\n\n\nclass make(RandomSkip):\n    also_skips = ('attention.wo',)\n"
+        "from policies.baselines import RandomSkip\n\n\nclass make(RandomSkip):\n    also_skips = ('attention.wo',)\n"
     )
     rows = run("perplexity", "text.raw", "--policies", f"{tmp_path}/mine.py:make", "--limit", 128)
     assert [row["match"] for row in rows] == ["ffn", "bytes"]
@@ -310,11 +310,11 @@ def test_answers_are_kept_one_by_one(run, tmp_path):
 def test_a_policy_file_that_changed_is_run_again_on_text_of_the_models_own(run, tmp_path):
     """Each version keeps its row; the same version is not run twice."""
     file = tmp_path / "mine.py"
-    file.write_text("from baselines import RandomSkip as make\n")
+    file.write_text("from policies.baselines import RandomSkip as make\n")
     first = run("perplexity", None, "--policies", f"{file}:make")
     assert run("perplexity", None, "--policies", f"{file}:make") == first and len(first) == 1
     assert first[0]["policy"].startswith(f"{file}:make@") and int(first[0]["tokens"]) == 16 * 64
-    file.write_text("from baselines import Checkerboard as make\n")
+    file.write_text("from policies.baselines import Checkerboard as make\n")
     policies.load_module.cache_clear()  # another run is another process
     second = run("perplexity", None, "--policies", f"{file}:make")
     assert len(second) == 2 and second[0] == first[0] and second[1]["kl"] != first[0]["kl"]

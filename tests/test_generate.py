@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import Bytes, Words, models, new_cache, random_ids, tiny_model
 
+from support.cache import rewind
 from generate import TextStream, generate, sample, speedup_bound
 from model import KVCache, ModelArgs, Transformer, dense
-from skip import FFNSkip, Trace
+from skip import FFNSkip
+from support.tracing import Trace
 
 
 @given(models(), st.lists(st.integers(0, 30), min_size=1, max_size=6))
@@ -69,7 +71,7 @@ def test_an_answer_in_a_conversation_is_the_one_to_the_whole_of_it(model, policy
     said = first + list(generate(model, first, 9, dense, cache=cache))
     assert cache.length == 14  # the last token was written, and never read
     then = said[: keep] + random_ids(5, seed=1)
-    cache.rewind(keep)
+    rewind(cache, keep)
     traces = Trace(), Trace()
     answer = list(generate(model, then, 9, policy, trace=traces[0], cache=cache))
     assert answer == list(generate(model, then, 9, policy, trace=traces[1]))

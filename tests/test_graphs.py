@@ -10,23 +10,35 @@ from contextlib import nullcontext
 from unittest import mock
 
 import pytest
-import standins
+from policies import standins
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cache import Patchy
 from test_standins import random_fit
-from tiny import close, models, texts, tiny_model
+from tiny import close, texts
+from tiny import models as plain_models
+from tiny import tiny_model as plain_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import graphs
+from support.cache import rewind
+from fast import accelerate, graphs
+from fast.graphs import Graphs, add_graphs
 from generate import generate
-from graphs import Graphs, add_graphs
 from model import KVCache
-from skip import FFNSkip, Trace
+from skip import FFNSkip
+from support.tracing import Trace
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 pytestmark = pytest.mark.parametrize("device", DEVICES)
+
+
+def tiny_model(**sizes):
+    return accelerate(plain_model(**sizes))
+
+
+def models():
+    return plain_models().map(accelerate)
 
 
 class Recorder(TorchDispatchMode):
@@ -79,8 +91,7 @@ def graphs_of_eight_columns(device, monkeypatch):
         fake.is_available.return_value = False
         monkeypatch.setattr(graphs, "cuda", fake)
         monkeypatch.setattr(Graphs, "capture", record)
-        monkeypatch.setattr("model.products", lambda *args: nullcontext())  # no row is a vector, as on a GPU
-        monkeypatch.setattr("skip.is_one_row", lambda x: False)
+        monkeypatch.setattr("fast.one_row.products", lambda *args: nullcontext())  # no row is a vector, as on a GPU
 
 
 def new_cache(model, batch, columns, replay):
@@ -183,7 +194,7 @@ def copies_states(layers, x, step):
     """At every other token, the layers after the second get keys and values only, from its state."""
     for layer in layers:
         if layer.layer_id > 1 and step.positions[0, -1] % 2:
-            layer.write_kv(x, step)
+            layer.attention.write_kv(layer.attention_norm(x), step)
             continue
         h = layer.add_attention(x, step)
         x = layer.add_feed_forward(h, step)
@@ -260,7 +271,7 @@ def test_a_pass_that_was_interrupted_leaves_nothing_behind(device, policy, monke
     for first in 1, 4:
         _, eager, _ = decode(model, tokens[:, :11], policy, cache=new_cache(model, 1, 30, replay=False))
         for each in cache, eager:
-            each.rewind(9)
+            rewind(each, 9)
         expected, _, _ = decode(model, tokens[:, 9:], policy, cache=eager, first=first)
         logits, _, _ = decode(model, tokens[:, 9:], policy, cache=cache, first=first)
         assert close(logits, expected)
@@ -308,18 +319,18 @@ def test_another_model_and_other_caches_do_not_replay(device, monkeypatch):
     one, two = tiny_model(seed=1).to(device), tiny_model(seed=2).to(device)
     tokens, cache = torch.randint(31, (1, 30)), new_cache(one, 1, 30, replay=True)
     for model in one, two:
-        cache.rewind()
+        rewind(cache)
         assert close(decode(model, tokens, cache=cache)[0], decode(model, tokens, replay=False)[0])
     monkeypatch.setattr(graphs, "USED", False)  # the way to have every hook run
     counted = []
     one.layers[0].attention.register_forward_hook(lambda *args: counted.append(1))
-    cache.rewind()
+    rewind(cache)
     decode(one, tokens, cache=cache)
     assert len(counted) == 29
     own = type("OwnCache", (KVCache,), {})(one.args, 1, 30, device=device)
     monkeypatch.setattr(graphs, "USED", True)
     add_graphs(one, own)
-    assert own.graphs is None
+    assert not hasattr(own, "graphs")
 
 
 def test_a_cache_and_its_graphs_go_with_their_last_user(device):
@@ -352,7 +363,7 @@ def test_a_cache_that_was_rewound_replays_for_other_padding(device):
     model, tokens = tiny_model().to(device), torch.randint(31, (2, 30))
     cache = new_cache(model, 2, 30, replay=True)
     for length, pad in (30, None), (20, torch.tensor([3, 0])), (30, torch.tensor([0, 5])):
-        cache.rewind()
+        rewind(cache)
         logits, _, _ = decode(model, tokens[:, :length], pad=pad, cache=cache)
         assert close(logits, decode(model, tokens[:, :length], pad=pad, replay=False)[0])
 
@@ -361,6 +372,6 @@ def test_generation_replays_on_a_gpu_and_nowhere_else(device):
     model = tiny_model().to(device)
     cache = new_cache(model, 1, 40, replay=False)
     list(generate(model, [1, 2, 3], 20, cache=cache))
-    assert (cache.graphs is not None) == (device == "cuda")
+    assert hasattr(cache, "graphs") == (device == "cuda")
     add_graphs(model, cache)
-    assert (cache.graphs is not None) == (device == "cuda")
+    assert hasattr(cache, "graphs") == (device == "cuda")

@@ -24,7 +24,7 @@ from tasks import Context
 from test_golden import GOLDEN
 from tiny import mistake, tiny_model, write_jsonl
 
-import common
+from support import common
 from load_weights import load_tokenizer
 from model import KVCache, dense
 from skip import FFNSkip

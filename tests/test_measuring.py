@@ -4,15 +4,15 @@ import math
 
 import pytest
 import torch
-from baselines import RandomSkip
+from policies.baselines import RandomSkip
 from hypothesis import given
 from hypothesis import strategies as st
 from test_golden import GOLDEN
 from tiny import Bytes, random_ids, tiny_model
 
-from generate import generate
+from generate import generate, written_windows
 from load_weights import load_tokenizer
-from measuring import (
+from support.measuring import (
     bring_to,
     compare_with_dense,
     cut,
@@ -24,9 +24,9 @@ from measuring import (
     read_text,
     skip_ratio,
     text_windows,
-    written_windows,
 )
-from skip import FFNSkip, Trace
+from skip import FFNSkip
+from support.tracing import Trace
 
 # --- text -------------------------------------------------------------------------------------------------------------
 

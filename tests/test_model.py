@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tiny import NaiveLlama, add, chunkings, close, is_real, models, poisoned_cache, run, texts, tiny_model
 
 import model as model_py
-import one_row
-from model import SIZES, KVCache, ModelArgs, RMSNorm, Transformer, apply_rotary_emb, dense, precompute_freqs_cis
-from one_row import Linear, linear, scaled_dot_product_attention
-from skip import Trace
+from bench import SIZES
+from fast import accelerate, one_row, plain
+from model import KVCache, ModelArgs, RMSNorm, Transformer, apply_rotary_emb, dense, precompute_freqs_cis
+from support.tracing import Trace
 
 
 def on_meta(args):
@@ -206,7 +206,8 @@ def test_norm_and_rotation_of_bfloat16_round_once():
     x = torch.randn(4, 8, 16, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     half_ulp = 2**-8 * (1 + 1e-3)
     expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    assert ((RMSNorm(64, 1e-5).bfloat16()(x) - expected).abs() <= half_ulp * expected.abs()).all()
+    for norm in RMSNorm(64, 1e-5), one_row.RMSNorm(64, 1e-5):
+        assert ((norm.bfloat16()(x) - expected).abs() <= half_ulp * expected.abs()).all()
     positions = torch.arange(32).view(4, 8)
     rope = precompute_freqs_cis(positions, ModelArgs(dim=64, n_heads=1), "cpu")
     exact = apply_rotary_emb(x.float(), rope)
@@ -273,7 +274,7 @@ class Nothing(nn.Module):
         return 0 * x[..., :1]
 
 
-class Doubled(Linear):
+class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
 
@@ -295,24 +296,24 @@ def test_a_part_that_is_replaced_is_the_one_that_runs(replace, seq):
             x = layer.add_attention(x, step)
         return x
 
-    model, tokens = tiny_model(), torch.tensor([[3, 1, 2]])[:, :seq]
+    model, tokens = accelerate(tiny_model()), torch.tensor([[3, 1, 2]])[:, :seq]
     before, copied = model(tokens), copy.deepcopy(model)
     for layer in copied.layers:
         replace(layer.feed_forward, Nothing())
-    assert torch.equal(copied(tokens), model(tokens, policy=attention_only))
+    assert close(copied(tokens), model(tokens, policy=attention_only))
     assert torch.equal(model(tokens), before)
 
 
 @pytest.mark.parametrize("seq", [1, 3])
 def test_a_linear_layer_may_be_changed_as_any_module(seq):
     """Another forward, by class or by instance, is the one that runs, and hooks of all kinds are called."""
-    model, tokens, called = tiny_model(), torch.tensor([[3, 1, 2]])[:, :seq], []
+    model, tokens, called = accelerate(tiny_model()), torch.tensor([[3, 1, 2]])[:, :seq], []
     wq, wo, w2 = model.layers[0].attention.wq, model.layers[0].attention.wo, model.layers[0].feed_forward.w2
     before = model(tokens)
     w2.__class__ = Doubled
     doubled = model(tokens)
-    w2.__class__ = Linear
-    w2.forward = lambda x: 2 * linear(x, w2.weight)
+    w2.__class__ = nn.Linear
+    w2.forward = lambda x: 2 * nn.functional.linear(x, w2.weight)
     assert torch.equal(model(tokens), doubled) and not close(doubled, before)
     wo.register_forward_pre_hook(lambda module, inputs: called.append("before"))
     wo.register_forward_hook(lambda module, inputs, out: called.append("after"))
@@ -324,7 +325,7 @@ def test_a_linear_layer_may_be_changed_as_any_module(seq):
 
 def test_a_policy_of_one_row_may_ask_about_more_states_or_none():
     """Logits of all layers' states at once, of twice as many rows, and of no token: as in a pass of many tokens."""
-    model, tokens, seen = tiny_model(), torch.tensor([[3]]), []
+    model, tokens, seen = accelerate(tiny_model()), torch.tensor([[3]]), []
 
     def policy(layers, x, step):
         states = [x]
@@ -369,7 +370,10 @@ def test_the_parts_of_a_layer(data):
     cache = KVCache(model.args, *tokens.shape)
     model(tokens, cache, policy=walk)
 
-    for part in layer.write_kv, layer.add_attention:
+    def write_kv(x, step, active):
+        layer.attention.write_kv(layer.attention_norm(x), step, active)
+
+    for part in write_kv, layer.add_attention:
         for named in None, active:
             other = KVCache(model.args, *tokens.shape)
 
@@ -409,23 +413,12 @@ def test_a_hole_reads_as_zero_key_and_value():
 
 @given(st.data())
 def test_a_text_from_its_beginning_is_without_a_mask_what_it_is_with_one(data):
-    """A mask is made where columns lie before, where there is padding, and where the device wants one."""
     model = data.draw(models())
-    tokens = data.draw(texts(model))["tokens"]
-    expected = model(tokens)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_py, "knows_causal", lambda device: False)
-        assert close(model(tokens), expected)
-
-    cache, masks = KVCache(model.args, len(tokens), tokens.size(1) + 2), []
-
-    def policy(layers, x, step):
-        masks.append(step.mask)
-        return dense(layers, x, step)
-
-    model(tokens, cache, policy)
-    model(tokens[:, :1].expand(-1, 2), cache, policy)
-    assert masks[0] is None and masks[1].shape[2:] == (2, cache.max_seq_len)
+    text = data.draw(texts(model))
+    chunks = data.draw(chunkings(text["tokens"].size(1)))
+    expected = run(model, text["tokens"], chunks, pad=text["pad"])
+    assert close(run(accelerate(model), text["tokens"], chunks, pad=text["pad"]), expected)
+    assert torch.equal(run(plain(model), text["tokens"], chunks, pad=text["pad"]), expected)
 
 
 def test_no_device_is_named():
@@ -447,15 +440,13 @@ def test_attention_of_a_single_row_is_exact_to_its_dtype(columns, dtype, masked,
     scores = (q.double() @ k.double().mT / 8).masked_fill(~mask, -torch.inf)
     expected = scores.softmax(-1) @ v.double()
     for heads in 4, 3, 1:
-        cache = SimpleNamespace(scratch=torch.full((2, heads * columns * 64 + 1), torch.nan), max_seq_len=columns)
-        out = scaled_dot_product_attention(q, k, v, mask if masked else None, cache)
-        assert out.dtype == dtype and cache.scratch.isnan().logical_not().any()
+        monkeypatch.setattr(one_row, "scratch", torch.full((2, heads * columns * 64 + 1), torch.nan))
+        out = one_row.Attention.attend(None, q, k, v, SimpleNamespace(mask=mask if masked else None))
+        assert out.dtype == dtype and one_row.scratch.isnan().logical_not().any()
         torch.testing.assert_close(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
 def test_the_scratch_memory_has_room_for_a_head_of_any_length():
-    """The memory is made once per cache, for its longest text: 5,000 columns of 128 are more than its least size."""
-    cache = SimpleNamespace(scratch=None, max_seq_len=5000)
-    for columns in 1, 5000:
+    for columns in 1, 5000:  # of 128: more than its least size
         q, k, v = (torch.ones(1, 2, n, 128, dtype=torch.bfloat16) for n in (1, columns, columns))
-        assert torch.equal(scaled_dot_product_attention(q, k, v, None, cache), q)
+        assert torch.equal(one_row.Attention.attend(None, q, k, v, SimpleNamespace(mask=None)), q)

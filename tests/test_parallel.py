@@ -22,12 +22,13 @@ sys.path[:0] = str(HERE.parent), str(HERE.parent / "experiments"), str(HERE)
 
 from tiny import tiny_model
 
-import common
+from support import common
 import generate
-import parallel
+from fast import parallel
 from load_weights import HUGGING_FACE, load_model
 from model import KVCache
-from skip import FFNSkip, Trace
+from skip import FFNSkip
+from support.tracing import Trace
 
 GOLDEN = HERE / "golden"
 LAYOUTS = "hf-gqa", "hf-mha", "hf-tied", "hf-llama3", "meta-gqa", "meta-mha", "gqa-f16.gguf", "gqa-q8_0.gguf"

@@ -13,7 +13,7 @@ import plot
 import pytest
 from test_golden import GOLDEN
 
-from measuring import mean_interval, paired_interval
+from support.measuring import mean_interval, paired_interval
 
 ENV = os.environ | dict(OMP_NUM_THREADS="1")
 STORY = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "

@@ -17,7 +17,7 @@ import torch
 from test_golden import GOLDEN
 from tiny import Bytes, random_ids, start
 
-import show
+from support import show
 from generate import Generation, main, parse_args
 from model import dense
 from skip import FFNSkip

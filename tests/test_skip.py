@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from tiny import (
     DTYPES,
     NaiveLlama,
+    SetCosine,
     add,
     chunkings,
     close,
@@ -40,9 +41,10 @@ from tiny import (
 )
 
 import skip as skip_py
+from fast.one_row import cosine_of_one
 from model import dense
-from one_row import cosine_of_one
-from skip import FFNSkip, Trace
+from skip import FFNSkip
+from support.tracing import Trace
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
@@ -530,7 +532,7 @@ def test_nothing_is_compared_once_every_token_skips():
     rows = "__", "__", "^_", "__", "_^", "^^", "__", "__"
     cosine = [[HIGH if char == "^" else LOW for char in row] for row in rows]
     for warm_up_index, compared in (-1, 4), (0, 4), (1, 0):  # layers 1 to 4 of the warm layers 1 to 6, token 1's last
-        with mock.patch("skip.cosine", wraps=skip_py.cosine) as compared_here:
+        with mock.patch.object(SetCosine, "cosine", autospec=True, side_effect=SetCosine.cosine) as compared_here:
             walk(FFNSkip(1, 7, 0.9, warm_up_index), cosine, token_index=[0, 1])
         assert compared_here.call_count == compared
 

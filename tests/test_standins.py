@@ -10,17 +10,17 @@ import subprocess
 import arms
 import fit_standins
 import pytest
-import standins
+from policies import standins
 import torch
 from safetensors.torch import save_file
 from test_golden import GOLDEN
 from tiny import Bytes, close, mistake, new_cache, run, start, tiny_model
 
-import common
+from support import common
 import generate
-import measuring
+from support import measuring
 from load_weights import load_model
-from skip import Trace
+from support.tracing import Trace
 
 
 def random_fit(model, rank=3, seed=0):
@@ -303,7 +303,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert line == "error: --standins is for --policy standins, and the policy is static"
     with pytest.raises(ValueError, match="^nosuch: no such file$"):
         standins.make(model, 0.2, fitted="nosuch")
-    assert "no checkpoint at" in mistake(capsys, standins.main, "--text", str(file), "--ckpt", "nosuch")
+    assert "no checkpoint at" in mistake(capsys, fit_standins.main, "--text", str(file), "--ckpt", "nosuch")
 
 
 @pytest.mark.parametrize("factory", [arms.by_layer, arms.by_cosine])

@@ -4,7 +4,7 @@ import json
 import math
 from types import SimpleNamespace
 
-import baselines
+from policies import baselines
 import pytest
 import tasks
 import torch
@@ -12,11 +12,12 @@ from readers import load_mmlu
 from tasks import Context
 from tiny import STORY, Bytes, close, tiny_model, write_data
 
-from common import first_difference
+from support.common import first_difference
 from generate import generate
-from measuring import mean_interval, paired_interval
+from support.measuring import mean_interval, paired_interval
 from model import KVCache, dense
-from skip import FFNSkip, Trace
+from skip import FFNSkip
+from support.tracing import Trace
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from test_golden import GOLDEN
 
-from chat_template import render
-from common import LoadError
-from gguf_file import sentencepiece_proto
-from tokenizer import SentencePieceTokenizer, load_tokenizer
+from support.chat_template import render
+from support.common import LoadError
+from support.gguf_file import sentencepiece_proto
+from support.tokenizer import SentencePieceTokenizer, load_tokenizer
 
 ORIGINAL = SentencePieceProcessor(model_file=str(GOLDEN / "tokenizer.model"))
 LINES = (GOLDEN / "text.txt").read_text(encoding="utf-8").splitlines() + [

@@ -13,7 +13,7 @@ from generate import Generation, parse_args
 from model import dense
 from policies import find_policy
 from skip import FFNSkip
-from trace_page import write_page
+from support.trace_page import write_page
 
 PROMPTS = ["Once </script><script>document.body.remove()</script> <!--", "\"&'\\ \n\t", "a"]
 THRESHOLDS = [0.9, 0.7, float("inf"), 0.5, 0.9, 0.9]

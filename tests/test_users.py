@@ -12,11 +12,11 @@ from test_golden import GOLDEN
 from tiny import mistake, start, tiny_model
 
 import calibrate
-import common
+from support import common
 import generate
-from common import find_checkpoint, model_name, read_utf8, to_json
-from measuring import measure, read_cosines, read_jsonl, read_text
-from one_row import cosine_of_one
+from support.common import find_checkpoint, model_name, read_utf8, to_json
+from support.measuring import measure, read_cosines, read_jsonl, read_text
+from fast.one_row import cosine_of_one
 from policies import load_settings, settings_path
 from skip import FFNSkip
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from common import run_command
+from support.common import run_command
+from fast import accelerate
 from model import KVCache, ModelArgs, Transformer
-from skip import Trace
+from support.tracing import Trace
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +42,7 @@ def tiny_model(seed=0, dtype=torch.float32, **sizes):
             weight.data *= weight.size(1) ** -0.5
         if name.endswith("w2.weight"):
             weight.data *= 4 * torch.rand((), generator=random)  # a different weight for each layer's block
-    return model.to(dtype)
+    return accelerate(model.to(dtype)) if os.environ.get("FAST") else model.to(dtype)
 
 
 @st.composite
@@ -208,6 +209,9 @@ class SetCosine:
     def add_feed_forward(self, h, step, active=None):
         step.trace.record_ran(self.layer_id, active)
         return self.temp if active is None else torch.where(active[..., None], self.temp, h)
+
+    def cosine(self, h, temp):
+        return torch.nn.functional.cosine_similarity(h.float(), temp.float(), dim=-1).flatten().tolist()
 
     def __call__(self, x, step):
         return self.add_feed_forward(self.add_attention(x, step), step)

@@ -14,7 +14,7 @@ import sys
 
 from sentencepiece import SentencePieceProcessor
 
-from chat_template import (
+from support.chat_template import (
     added_tokens,
     content,
     find_template,
@@ -24,8 +24,8 @@ from chat_template import (
     render,
     token_pattern,
 )
-from common import LoadError, import_optional, model_name, read_json, read_utf8
-from gguf_file import CONTROL, NORMAL, build_bpe, load_errors, locate, open_gguf, sentencepiece_proto
+from support.common import LoadError, import_optional, model_name, read_json, read_utf8
+from support.gguf_file import CONTROL, NORMAL, build_bpe, load_errors, locate, open_gguf, sentencepiece_proto
 
 END_OF_TEXT = ("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
 SPECIAL = {  # special tokens by their names in a chat template -> the same in GGUF, where one is misspelt

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import common
-from show import TextStream
+from support import common
+from support.show import TextStream
 from skip import FFNSkip
 
 PLACE = "TRACE_AS_JSON"  # where the data goes in trace_page.html
@@ -18,7 +18,7 @@ def write_page(path, generations, prompts):
     runs = [describe_run(generation) for generation in generations]
     data = common.to_json(dict(prompts=prompts, runs=runs))
     data = data.replace("<", "\\u003c")  # "</script>" in a text would end the element that holds the data
-    template = common.read_utf8(common.HERE / "trace_page.html")
+    template = common.read_utf8(Path(__file__).with_name("trace_page.html"))
     Path(path).write_text(template.replace(PLACE, data), encoding="utf-8")
 
 

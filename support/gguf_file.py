@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from common import LoadError, first_line, import_optional, is_gguf
+from support.common import LoadError, first_line, import_optional, is_gguf
 from model import ModelArgs
-from parallel import share
+from fast.parallel import share
 
 ADVICE = "transformers or llama.cpp may run it"  # what model.py does not compute
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # kinds of token, alike in sentencepiece and GGUF

@@ -27,8 +27,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from calibrate import replay
-from measuring import as_windows, bring_to, measure, skip_ratio, written_windows
+from support.measuring import as_windows, bring_to, measure, replay, skip_ratio, written_text
 from skip import FFNSkip
 
 
@@ -308,7 +307,7 @@ def run_active(layer, x, step, active):
 def run_or_copy(layer, x, step, active):
     """One layer for the active tokens: of the others only keys and values are computed, from the x they exited with."""
     if not active.any():
-        layer.write_kv(x, step)
+        layer.attention.write_kv(layer.attention_norm(x), step)
         return x
     temp = layer.add_feed_forward(layer.add_attention(x, step), step, active)
     return torch.where(active[..., None].to(x.device), temp, x)
@@ -341,10 +340,3 @@ def calibration_text(model, tokens=None, seed=0):
         size = min(len(tokens), 512, model.args.max_seq_len)
         tokens = tokens[: len(tokens) // size * size].view(-1, size)
     return tokens.to(model.tok_embeddings.weight.device)
-
-
-def written_text(model, batch, seq, seed=0):
-    """(batch, seq) ids that the dense model writes, drawn at temperature 1, after random first tokens."""
-    first = torch.randint(model.args.vocab_size, (batch, 1), generator=torch.Generator().manual_seed(seed))
-    windows = written_windows(model, first.tolist(), seq, seed)
-    return torch.tensor([ids[prompt_len:] for ids, prompt_len in windows], device=model.tok_embeddings.weight.device)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from processes import together
+from fast.processes import together
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent  # the repository
 DEMO = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = ["float32", "bfloat16", "float16"]
 policy_files = set()  # that were opened, to say where in them a mistake is
@@ -292,3 +292,18 @@ def progress(items, label):
     except ImportError:
         return items
     return tqdm(items, desc=label, leave=False, disable=None)
+
+
+def check_finite(values):
+    """Raise ValueError if a tensor that the model has computed holds an infinite number or NaN."""
+    if not values.isfinite().all():
+        raise ValueError("the model computes numbers that are not finite: try --dtype float32 or bfloat16; if that "
+                         "does not help, the weights are damaged")
+
+
+def check_ids(model, *texts):
+    """Raise ValueError if one of the texts, lists of ids, has an id beyond the model's embedding."""
+    rows = model.args.vocab_size
+    for ids in texts:
+        if ids and max(ids) >= rows:
+            raise ValueError(f"token {max(ids)} of the tokenizer has no row in tok_embeddings ({rows} rows)")

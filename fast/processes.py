@@ -12,8 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-import parallel
-from one_row import way_of_one
+from fast import parallel
+from fast.one_row import way_of_one
 
 FOREVER = timedelta(days=365)  # processes may wait for the first one, which may wait for its user
 interrupted = threading.Event()

@@ -10,27 +10,21 @@ fit_standins.py fits.
 
 import json
 import math
-import sys
 import zlib
 from pathlib import Path
 
 import numpy
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = str(HERE), str(HERE.parent)  # policies.py opens this file by its path
+from support import common
+from fast.graphs import read, run
+from fast.one_row import as_row, linear
+from support.measuring import as_windows, measure
 
-from fit_standins import PARTS, WARM_UP_INDEX, add_maps, centre_offset, fit_twice, gather, nearest
-
-import common
-import policies
-from generate import load as load_checkpoint
-from graphs import read, run
-from measuring import as_windows, measure, quality, quality_table
-from one_row import as_row, linear
-
+PARTS = "down", "up", "mean", "centre", "probe", "bias"
+WARM_UP_INDEX = 25
 MAP = "down", "up", "mean", "centre", "offset"  # the parts of a fit that stand in
 
 
@@ -196,45 +190,18 @@ def fingerprint(model):
     return zlib.crc32(model.norm.weight.to(torch.bfloat16).view(torch.int16).cpu().numpy())
 
 
-def parse_args(argv):
-    parser = common.Parser(__doc__)
-    common.add_model_arguments(parser)
-    add = parser.add_argument
-    add("--text", nargs="+", required=True, metavar="FILE", help='plain text or JSON lines with a key "text"')
-    add("--tokens", type=common.positive, default=10240, metavar="N", help="of text to work on (default 10240)")
-    add("--maps", type=common.positive, default=16, metavar="N", help="to choose from, per layer (default 16)")
-    add("--rank", type=int, default=64, metavar="R", help="of a map (default 64); 0: nothing stands in, to compare")
-    add("--out", metavar="FILE", help="default: standins.safetensors beside the checkpoint")
-    return parser.parse_args(argv)
+def centre_offset(centre):
+    """(..., n) that makes nearest() of a product: |x - c|^2 = |x|^2 - 2 (x . c - |c|^2 / 2)."""
+    return -centre.square().sum(-1) / 2
 
 
-def main(argv=None):
-    options = parse_args(argv)
-    ckpt = common.find_checkpoint(options.ckpt)
-    out = Path(options.out) if options.out else policies.fitted_path(ckpt)
-    common.check_outputs(out)
-    tokenizer, model = load_checkpoint(ckpt, common.find_device(options.device), options.dtype)
-    if not 0 <= options.rank <= model.args.dim:
-        raise ValueError(f"--rank {options.rank} is not from 0 to the model's width {model.args.dim}")
-    windows, text_held, chat_held = gather(model, tokenizer, options)
-    fitted = fit_twice(model, windows, options.maps, options.rank, options.seed)
-    parts = ready(fitted, model.tok_embeddings.weight.dtype)
-    shares = 0.05, 0.1, 0.15, 0.2, 0.25, 0.3
-    found = find_budgets(model, parts, [(skip, cap(model, skip)) for skip in shares], chat_held)
-    budgets = list(zip(shares, found))
-    reference, measured = {}, {}
-    tried = {"dense": -math.inf, "budget of 15 % of chat": budgets[2][1], "budget of 25 % of chat": budgets[4][1]}
-    for name, log_budget in tried.items():
-        policy = StandIns(parts, log_budget, model.args.n_layers)
-        measured[name] = quality(model, text_held, policy, reference)
-    about = dict(model=common.model_name(ckpt), weights=fingerprint(model), maps=options.maps, rank=options.rank,
-                 seed=options.seed, budgets=budgets, quality=list(measured.values()),
-                 corpus=[Path(file).name for file in options.text], tokens=sum(len(ids) for ids, _ in windows),
-                 text_held=text_held, chat_held=chat_held)
-    save_file({name: value.contiguous().cpu() for name, value in fitted.items()}, out,
-              {name: common.to_json(value) for name, value in about.items()})
-    print(*quality_table(measured), f"written to {out}", sep="\n")
+def nearest(x, centre, offset):
+    """Of x (..., dim), the index (...) of the nearest centre."""
+    return F.linear(x, centre, offset).argmax(-1)
 
 
-if __name__ == "__main__":
-    common.run_command(main)
+def add_maps(out, normed, cell, down, up):
+    """out, (..., dim), to which the map of its cell (...) of every input in normed (..., dim) is added in place."""
+    for i in cell.unique().tolist():
+        out[cell == i] += F.linear(F.linear(normed[cell == i], down[i]), up[i])
+    return out

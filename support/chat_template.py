@@ -7,7 +7,7 @@ import json
 import re
 from datetime import datetime
 
-from common import LoadError, first_line, read_utf8
+from support.common import LoadError, first_line, read_utf8
 
 
 def find_template(folder, stated):

@@ -10,20 +10,25 @@ import argparse
 import math
 import sys
 
-from common import describe_error, first_difference, model_name
-from generate import Generation, choose_policy, first_messages
+from support.cache import fork, rewind
+from support.common import describe_error, first_difference, model_name
 from model import KVCache
-from processes import from_first
-from show import screen, summary, write
+from fast.processes import from_first
+from support.show import screen, summary, write
 
 COMMANDS = "/reset begins anew, /policy NAME [R] takes another policy, Ctrl-C stops an answer, Ctrl-D ends"
+
+
+def first_messages(options):
+    """What stands in a chat before the user's first message."""
+    return [] if options.system is None else [dict(role="system", content=options.system)]
 
 
 class Conversation:
     """Messages, and a KVCache in whose columns are the ids `held`."""
 
-    def __init__(self, model, tokenizer, options):
-        self.model, self.tokenizer, self.options = model, tokenizer, options
+    def __init__(self, model, tokenizer, options, start):
+        self.model, self.tokenizer, self.options, self.start = model, tokenizer, options, start
         weight = model.tok_embeddings.weight
         room = min(1024, model.args.max_seq_len)  # at first
         self.cache = KVCache(model.args, 1, room, weight.dtype, weight.device)
@@ -44,11 +49,11 @@ class Conversation:
             note(full)
             return
         self.make_room(ids, min(len(ids) + n_new, limit))
-        generation = Generation(name, policy, self.model, self.tokenizer, [ids], self.options, self.cache)
+        generation = self.start(name, policy, self.model, self.tokenizer, [ids], self.options, self.cache)
         if not write([generation], screen([generation]), range(n_new)):
             # The pass that was interrupted may have written beyond `length`.
             length, self.cache.length = self.cache.length, self.cache.max_seq_len
-            self.cache.rewind(length)
+            rewind(self.cache, length)
         self.held = (ids + generation.ids[0])[: self.cache.length]
         if generation.text():  # else it was interrupted before it began, and the message is as if not said
             self.messages += [user, dict(role="assistant", content=generation.text())]
@@ -58,9 +63,9 @@ class Conversation:
 
     def make_room(self, ids, room):
         """Rewind the cache to what it shares with ids, short of the last; make it large enough for `room` columns."""
-        self.cache.rewind(min(first_difference(self.held, ids), len(ids) - 1))
+        rewind(self.cache, min(first_difference(self.held, ids), len(ids) - 1))
         if room > self.cache.max_seq_len:
-            self.cache = self.cache.fork(1, min(2 * room, self.model.args.max_seq_len))
+            self.cache = fork(self.cache, 1, min(2 * room, self.model.args.max_seq_len))
 
 
 def note(line):
@@ -76,8 +81,8 @@ def read_line():
     return line
 
 
-def change_policy(words, options, ckpt, model):
-    """What choose_policy returns for the words NAME [R] after /policy. Raises what it raises."""
+def change_policy(words, options, choose):
+    """What choose(options) returns for the words NAME [R] after /policy. Raises what it raises."""
     if len(words) not in (1, 2):
         raise ValueError("expected /policy NAME [R], R being the share of feed-forward blocks to skip")
     name, skip = words[0], None
@@ -93,18 +98,21 @@ def change_policy(words, options, ckpt, model):
     changed = dict(vars(options), policy=name, skip=skip)
     if name == "dense":
         changed["warm_up_index"] = None
-    return argparse.Namespace(**changed), choose_policy(argparse.Namespace(**changed), ckpt, model)
+    return argparse.Namespace(**changed), choose(argparse.Namespace(**changed))
 
 
-def converse(options, ckpt, tokenizer, model):
-    """Answer line by line of standard input, until it ends; the exit status."""
+def converse(options, ckpt, tokenizer, model, choose, start):
+    """
+    Answer line by line of standard input, until it ends; the exit status. choose(options) gives a policy's name, it and
+    its settings; start(name, policy, model, ...) a generate.Generation.
+    """
     try:
         import readline  # noqa: F401, so that input() has a history and the arrow keys
     except ImportError:  # Windows
         pass
-    name, policy, _ = choose_policy(options, ckpt, model)
+    name, policy, _ = choose(options)
     tokenizer.chat([*first_messages(options), dict(role="user", content="")])  # where it cannot, it says so now
-    conversation = Conversation(model, tokenizer, options)
+    conversation = Conversation(model, tokenizer, options, start)
     note(f"[{model_name(ckpt)}, {name}: {COMMANDS}]")
     while True:
         try:
@@ -123,7 +131,7 @@ def converse(options, ckpt, tokenizer, model):
             conversation.reset()
         elif command == "/policy":
             try:
-                conversation.options, (name, policy, _) = change_policy(words, options, ckpt, model)
+                conversation.options, (name, policy, _) = change_policy(words, options, choose)
                 note(f"[policy {' '.join(words)}]")
             except Exception as error:  # also of somebody's own policy
                 note(f"error: {describe_error(error)}")

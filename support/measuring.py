@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy
 import torch
 
-from common import progress, read_utf8, table
-from generate import check_finite, check_ids, generate
+from support.common import check_finite, check_ids, progress, read_utf8, table
 from model import KVCache, dense
-from skip import FFNSkip, Trace
+from skip import FULL, FFNSkip
+from support.tracing import Trace
 
 
 def read_jsonl(path, *keys):
@@ -101,16 +101,6 @@ def text_windows(tokenizer, text, n_tokens, size=512):
     """Windows (ids, prompt_len 0) of the first n_tokens of text, each begun as the tokenizer begins a text."""
     ids = tokenizer.encode(text[: 12 * n_tokens], bos=False)[:n_tokens]
     return [(window, 0) for window in cut(ids, size, begin=tokenizer.encode(""))]
-
-
-def written_windows(model, prompts, n_new, seed, temperature=1.0, eos_ids=()):
-    """Windows (ids, prompt_len) of prompts, lists of ids, each with up to n_new tokens that the model draws for it."""
-    loop, windows = generate(model, prompts, n_new, temperature=temperature, seed=seed, eos_ids=eos_ids), []
-    steps = [step for step, _ in zip(loop, progress(range(n_new), "writing"))]
-    for row, prompt in enumerate(prompts):
-        written = [step[row] for step in steps if step[row] is not None]
-        windows.append((prompt + written, len(prompt)))
-    return windows
 
 
 def as_tokens(model, ids):
@@ -261,3 +251,38 @@ def bring_to(at, low, high, wanted, tolerance=0.003, tries=14, first=None):
         else:
             high, ratio_high = value, ratio
     return best
+
+
+def written_text(model, batch, seq, seed=0):
+    """(batch, seq) ids that the dense model writes, drawn at temperature 1, after random first tokens."""
+    weight, draw = model.tok_embeddings.weight, torch.Generator().manual_seed(seed)
+    seq = min(seq, model.args.max_seq_len)
+    tokens = torch.randint(model.args.vocab_size, (batch, 1), generator=draw)
+    draw, cache = torch.Generator().manual_seed(seed), KVCache(model.args, batch, seq, weight.dtype, weight.device)
+    written = []
+    for _ in progress(range(seq), "writing"):
+        logits = model(tokens.to(weight.device), cache, last_only=True)[:, -1]
+        check_finite(logits.max(-1).values)
+        tokens = torch.multinomial((logits - logits.max(-1, keepdim=True).values).cpu().softmax(-1), 1, generator=draw)
+        written.append(tokens)
+    return torch.cat(written, dim=1).to(weight.device)
+
+
+def replay(cosines, policy):
+    """
+    The ffn_skip_ratio of an FFNSkip over recorded cosines (tokens, n_layers) past the warm-up, without full_every: a
+    prediction, since what is skipped changes later cosines. The walk of skip.py, with a layer's tokens at once.
+    """
+    n_layers = cosines.size(1)
+    thresholds = policy.thresholds(n_layers)
+    skip_state = torch.zeros(len(cosines), dtype=torch.long)  # as in skip.py, one number per token
+    skipped = 0
+    for i in range(policy.cold_s, policy.cold_e):
+        skips = skip_state > 0
+        skipped += skips.sum().item()
+        reached = (skip_state == 0) & (cosines[:, i].double() >= thresholds[i])  # in double, as Python compares
+        after = skip_state - skips.long()
+        if not policy.recheck:
+            after[skips & (after == 0)] = FULL
+        skip_state = torch.where(reached, policy.k or n_layers, after)
+    return skipped / cosines.numel()

@@ -1,0 +1,180 @@
+"""
+One row on a CPU. Decoding a single text is bound by how fast the weights are read, and which product reads fastest
+differs between CPUs by up to two times. It is chosen by dtype and by what the CPU can do, never by a clock, so that one
+machine gives the same bits with the same number of threads; `python experiments/bench.py --products` shows every way on
+yours. More rows, other devices and sharded weights are left to PyTorch, whose functions give the same up to rounding.
+"""
+
+from contextlib import contextmanager
+from ctypes import c_float
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import model
+
+FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")  # on CUDA one kernel for four, to the same bits
+AMX, AVX512_BF16 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+way = None  # how the forward pass under way multiplies its one row; None: it is not of one row on a CPU
+
+
+def way_of_one(dtype):
+    """How a row is multiplied: "mv", "native mv" or, where nothing else was measured, "linear", PyTorch's default."""
+    if dtype == torch.bfloat16 and AMX:
+        return "mv"  # oneDNN with the weights as the left matrix, as they lie: 1.3 times F.linear on a Xeon
+    if dtype == torch.bfloat16 and AVX512_BF16:
+        return "native mv"  # without oneDNN, whose product has 0.6 of the speed of PyTorch's own on an EPYC
+    return "linear"
+
+
+@contextmanager
+def products(tokens, weight):
+    """For a forward pass over tokens of a model with this weight: sets what `as_row` and `linear` do."""
+    global way
+    way_before, enabled_before = way, torch.backends.mkldnn.enabled
+    one = tokens.numel() == 1 and weight.device.type == "cpu"
+    way = way_of_one(weight.dtype) if one and type(weight) is nn.Parameter else None
+    torch.backends.mkldnn.enabled = enabled_before and way != "native mv"
+    try:
+        yield
+    finally:
+        way, torch.backends.mkldnn.enabled = way_before, enabled_before
+
+
+def as_row(x):
+    """x, (1, 1, dim), as a vector (dim,) if this pass is of one row, else x."""
+    return x if way is None or x.numel() != x.size(-1) else x.view(-1)
+
+
+def linear(x, weight):
+    return F.linear(x, weight) if x.dim() > 1 or way in (None, "linear") else torch.mv(weight, x)
+
+
+def norm(x, weight, eps):
+    """RMSNorm of a vector: a dot product and two multiplications instead of ten operations."""
+    x32 = x.float()
+    scale = (torch.dot(x32, x32).item() / len(x) + eps) ** -0.5
+    return (x32 * scale * weight).type_as(x)
+
+
+class Layer:
+    """
+    A model.Block for one token of one text, with the same sums in the same order on vectors (dim,), which spares two
+    views per product, and without modules, whose calls and searches take as long as a small model's products.
+    """
+
+    def __init__(self, layer):
+        attention, block = layer.attention, layer.feed_forward
+        self.layer, self.layer_id, self.attend = layer, layer.layer_id, attention.attend
+        self.wq, self.wk, self.wv = attention.wq.weight, attention.wk.weight, attention.wv.weight
+        self.wo, self.w1, self.w2, self.w3 = attention.wo.weight, block.w1.weight, block.w2.weight, block.w3.weight
+        self.norm_1, self.norm_2, self.eps = layer.attention_norm.weight, layer.ffn_norm.weight, layer.ffn_norm.eps
+        self.q_shape = 1, 1, attention.args.n_heads, attention.args.head_dim
+        self.kv_shape = 1, 1, attention.args.n_kv_heads, attention.args.head_dim
+
+    def __getattr__(self, name):
+        return getattr(self.layer, name)
+
+    def __call__(self, x, step):
+        return self.add_feed_forward(self.add_attention(x, step), step)
+
+    def add_attention(self, x, step, active=None):
+        if active is not None or x.numel() != x.size(-1):
+            return self.layer.add_attention(x, step, active)
+        normed = norm(x.view(-1), self.norm_1, self.eps)
+        k = model.apply_rotary_emb(linear(normed, self.wk).view(self.kv_shape), step.freqs_cis)
+        v = linear(normed, self.wv).view(self.kv_shape)
+        k, v = step.cache.write(self.layer_id, k.transpose(1, 2), v.transpose(1, 2))
+        q = model.apply_rotary_emb(linear(normed, self.wq).view(self.q_shape), step.freqs_cis)
+        out = self.attend(q.transpose(1, 2), k, v, step)
+        return x + linear(out.reshape(-1), self.wo)
+
+    def add_feed_forward(self, h, step, active=None):
+        if active is not None and not active.any():
+            return h
+        if h.numel() != h.size(-1):
+            return self.layer.add_feed_forward(h, step, active)
+        normed = norm(h.view(-1), self.norm_2, self.eps)
+        temp = h + linear(F.silu(linear(normed, self.w1)) * linear(normed, self.w3), self.w2)
+        if step.trace is not None:
+            step.trace.record_ran(self.layer_id, active)
+        return temp
+
+    def cosine(self, h, temp):
+        return [cosine_of_one(h, temp)] if h.numel() == h.size(-1) else self.layer.cosine(h, temp)
+
+
+def faster(layers, cache):
+    """A Layer for each of the layers, kept with the cache; for one that is not as model.py has it, the layer itself."""
+    kept = getattr(cache, "one_row", None)
+    if kept is None or kept[0].layer is not layers[0]:
+        kept = [Layer(layer) if is_plain(layer) else layer for layer in layers]
+        cache.one_row = kept if all(type(layer) is Layer for layer in kept) else None
+    return kept
+
+
+KNOWN = {nn.Linear, nn.Embedding, model.FeedForward, model.Block}  # and the two below, which add themselves
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
+def is_plain(module):
+    """Whether a module, in all its parts, is of model.py's classes, with nothing hooked to it or put in its place."""
+    for part in module.modules():
+        own = vars(part)
+        if type(part) not in KNOWN or "forward" in own or any(own[hooks] for hooks in HOOKS):
+            return False
+    return True
+
+
+class RMSNorm(model.RMSNorm):
+    def forward(self, x):
+        if FUSED_NORM and x.is_cuda:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+class Attention(model.Attention):
+    def attend(self, q, k, v, step):
+        """
+        On a CPU a text from its beginning needs no mask. One 16-bit query whose heads share no keys is another matter:
+        without AMX PyTorch's kernel has a quarter of the speed of float32 copies.
+        """
+        group, mask = q.size(1) // k.size(1), step.mask
+        if q.size(2) > 1:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+            if k.size(2) == q.size(2) and not (step.cache.pad.any() or q.is_cuda):  # there cuDNN's bits would vary
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        one = q.size(0) == group == 1 and q.device.type == "cpu"
+        if not one or q.dtype == torch.float32 or AMX or not AVX512_BF16:  # a group's heads: more queries of one head
+            out = F.scaled_dot_product_attention(q.reshape(len(q), -1, group, q.size(3)), k, v, attn_mask=mask)
+            return out.reshape(q.shape)  # (1, 9, 1, 64) -> (1, 3, 3, 64), and back
+        return attend_in_float32(q, k, v, mask)
+
+
+KNOWN |= {RMSNorm, Attention}
+scratch = torch.empty(2, 2**19)  # 2 MB each for keys and values
+
+
+def attend_in_float32(q, k, v, mask):
+    """For as many heads at a time as `scratch` has room for, which is kept: new memory costs more than the copies."""
+    global scratch
+    columns, head_dim = k.shape[2:]
+    if scratch.size(1) < columns * head_dim:  # always enough for one head
+        scratch = torch.empty(2, 2 * columns * head_dim)
+    heads = scratch.size(1) // (columns * head_dim)  # 2,000 columns of LLaMA-2-7B: 2 heads
+    out = []
+    for start in range(0, k.size(1), heads):
+        some = slice(start, start + heads)
+        shape = k[:, some].shape
+        k32 = scratch[0, : shape.numel()].view(shape).copy_(k[:, some])
+        v32 = scratch[1, : shape.numel()].view(shape).copy_(v[:, some])
+        out.append(F.scaled_dot_product_attention(q[:, some].float(), k32, v32, attn_mask=mask))
+    return torch.cat(out, dim=1).type_as(q)
+
+
+def cosine_of_one(a, b):
+    """The cosine of two vectors as a number, in float32 whatever their dtype, without the dozen operations of F's."""
+    a, b = a.view(-1).float(), b.view(-1).float()
+    return c_float(torch.dot(a, b).item() / max(torch.dot(a, a).item() * torch.dot(b, b).item(), 1e-16) ** 0.5).value
