@@ -7,12 +7,14 @@ yours. More rows, other devices and sharded weights are left to PyTorch, whose f
 
 from contextlib import contextmanager
 from ctypes import c_float
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import model
+from fast import parallel
 
 FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")  # on CUDA one kernel for four, to the same bits
 AMX, AVX512_BF16 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
@@ -51,11 +53,27 @@ def linear(x, weight):
     return F.linear(x, weight) if x.dim() > 1 or way in (None, "linear") else torch.mv(weight, x)
 
 
-def norm(x, weight, eps):
-    """RMSNorm of a vector: a dot product and two multiplications instead of ten operations."""
-    x32 = x.float()
-    scale = (torch.dot(x32, x32).item() / len(x) + eps) ** -0.5
-    return (x32 * scale * weight).type_as(x)
+class Squares:
+    """
+    The last state (1, 1, dim) that was asked for, in float32, and the sum of its squares. Two norms and the cosine
+    between them need the same two sums; so monitoring a layer costs one dot product and not three. It tells states
+    apart by identity: a policy must make new states, and change none in place.
+    """
+
+    def __init__(self):
+        self.state, self.state32, self.square = None, None, None
+
+    def of(self, state):
+        """(the state in float32, (dim,); the sum of its squares)"""
+        if state is not self.state:
+            self.state, self.state32 = state, state.view(-1).float()
+            self.square = torch.dot(self.state32, self.state32).item()
+        return self.state32, self.square
+
+    def norm(self, state, scale, eps):
+        """RMSNorm of a state, with the weight `scale`, as a vector (dim,): two multiplications, not ten operations."""
+        state32, square = self.of(state)
+        return (state32 * (square / len(state32) + eps) ** -0.5 * scale).type_as(state)
 
 
 class Layer:
@@ -64,14 +82,17 @@ class Layer:
     views per product, and without modules, whose calls and searches take as long as a small model's products.
     """
 
-    def __init__(self, layer):
+    def __init__(self, layer, cache, squares):
         attention, block = layer.attention, layer.feed_forward
-        self.layer, self.layer_id, self.attend = layer, layer.layer_id, attention.attend
+        self.layer, self.layer_id, self.attend, self.squares = layer, layer.layer_id, attention.attend, squares
+        self.product = F.linear if way == "linear" else multiply
         self.wq, self.wk, self.wv = attention.wq.weight, attention.wk.weight, attention.wv.weight
         self.wo, self.w1, self.w2, self.w3 = attention.wo.weight, block.w1.weight, block.w2.weight, block.w3.weight
-        self.norm_1, self.norm_2, self.eps = layer.attention_norm.weight, layer.ffn_norm.weight, layer.ffn_norm.eps
-        self.q_shape = 1, 1, attention.args.n_heads, attention.args.head_dim
-        self.kv_shape = 1, 1, attention.args.n_kv_heads, attention.args.head_dim
+        self.attention_scale = layer.attention_norm.weight.float()  # once, and not at every token
+        self.ffn_scale, self.eps = layer.ffn_norm.weight.float(), layer.ffn_norm.eps
+        self.n_heads, self.head_dim = attention.args.n_heads, attention.args.head_dim
+        self.keys, self.values = cache.k[self.layer_id], cache.v[self.layer_id]  # (1, 3, 100, 64)
+        self.written = cache.written[self.layer_id, 0].numpy()  # the same memory; numpy sets an entry sooner
 
     def __getattr__(self, name):
         return getattr(self.layer, name)
@@ -82,47 +103,71 @@ class Layer:
     def add_attention(self, x, step, active=None):
         if active is not None or x.numel() != x.size(-1):
             return self.layer.add_attention(x, step, active)
-        normed = norm(x.view(-1), self.norm_1, self.eps)
-        k = model.apply_rotary_emb(linear(normed, self.wk).view(self.kv_shape), step.freqs_cis)
-        v = linear(normed, self.wv).view(self.kv_shape)
-        k, v = step.cache.write(self.layer_id, k.transpose(1, 2), v.transpose(1, 2))
-        q = model.apply_rotary_emb(linear(normed, self.wq).view(self.q_shape), step.freqs_cis)
-        out = self.attend(q.transpose(1, 2), k, v, step)
-        return x + linear(out.reshape(-1), self.wo)
+        product, column = self.product, step.cache.length
+        normed = self.squares.norm(x, self.attention_scale, self.eps)
+        queries_keys = torch.cat((product(normed, self.wq), product(normed, self.wk)))  # one rotation for both
+        pairs = torch.view_as_complex(queries_keys.float().view(-1, self.head_dim // 2, 2))  # -> (12, 32)
+        turned = torch.view_as_real(pairs * step.freqs_cis[0, 0]).view(-1, self.head_dim)  # -> (12, 32, 2) -> (12, 64)
+        self.keys[0, :, column] = turned[self.n_heads :]
+        self.values[0, :, column] = product(normed, self.wv).view(-1, self.head_dim)
+        self.written[column] = True
+        q = turned[: self.n_heads].type_as(x).view(1, self.n_heads, 1, self.head_dim)
+        out = self.attend(q, self.keys[:, :, : column + 1], self.values[:, :, : column + 1], step)
+        return x + self.add_up(product(out.reshape(-1), self.wo))
 
     def add_feed_forward(self, h, step, active=None):
         if active is not None and not active.any():
             return h
         if h.numel() != h.size(-1):
             return self.layer.add_feed_forward(h, step, active)
-        normed = norm(h.view(-1), self.norm_2, self.eps)
-        temp = h + linear(F.silu(linear(normed, self.w1)) * linear(normed, self.w3), self.w2)
+        product = self.product
+        normed = self.squares.norm(h, self.ffn_scale, self.eps)
+        out = product(F.silu(product(normed, self.w1)) * product(normed, self.w3), self.w2)
         if step.trace is not None:
             step.trace.record_ran(self.layer_id, active)
-        return temp
+        return h + self.add_up(out)
+
+    def add_up(self, out):
+        return parallel.add_up(None, None, out) if parallel.size > 1 else out
 
     def cosine(self, h, temp):
-        return [cosine_of_one(h, temp)] if h.numel() == h.size(-1) else self.layer.cosine(h, temp)
+        if h.numel() != h.size(-1):
+            return self.layer.cosine(h, temp)
+        h32, h_square = self.squares.of(h)
+        temp32, temp_square = self.squares.of(temp)
+        return [c_float(torch.dot(h32, temp32).item() / max(h_square * temp_square, 1e-16) ** 0.5).value]
+
+
+def multiply(x, weight):
+    return torch.mv(weight, x)
+
+
+kept = WeakKeyDictionary()  # {KVCache: its Layers}
 
 
 def faster(layers, cache):
-    """A Layer for each of the layers, kept with the cache; for one that is not as model.py has it, the layer itself."""
-    kept = getattr(cache, "one_row", None)
-    if kept is None or kept[0].layer is not layers[0]:
-        kept = [Layer(layer) if is_plain(layer) else layer for layer in layers]
-        cache.one_row = kept if all(type(layer) is Layer for layer in kept) else None
-    return kept
-
-
+    """
+    A Layer for each of the layers, kept as long as the cache is. If one of them is not as model.py has it, the layers
+    themselves. What is replaced or hooked after a cache's first row is noticed with the next cache.
+    """
+    found = kept.get(cache)
+    if found is not None and found[0].layer is layers[0]:
+        return found
+    if not all(map(is_plain, layers)):
+        return layers
+    squares = Squares()
+    kept[cache] = [Layer(layer, cache, squares) for layer in layers]
+    return kept[cache]
 KNOWN = {nn.Linear, nn.Embedding, model.FeedForward, model.Block}  # and the two below, which add themselves
-HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+HOOKS = "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
 def is_plain(module):
-    """Whether a module, in all its parts, is of model.py's classes, with nothing hooked to it or put in its place."""
+    """Whether a module, in all its parts, is of model.py's classes, with no hook but that of several processes."""
     for part in module.modules():
         own = vars(part)
-        if type(part) not in KNOWN or "forward" in own or any(own[hooks] for hooks in HOOKS):
+        hooked = any(own[hooks] for hooks in HOOKS) or set(own["_forward_hooks"].values()) - {parallel.add_up}
+        if type(part) not in KNOWN or "forward" in own or "attend" in own or hooked:
             return False
     return True
 
