@@ -138,14 +138,14 @@ def find_ratios(cosines, policy, ratio_of):
     """
 
     def at(shift):
-        return shift, replay(cosines, policy.shifted(shift))
+        return shift, replay(cosines, policies.shifted(policy, shift))
 
     pairs = []
     shares = 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8
     for wanted in common.progress(shares, "other shares"):
         if at(-0.9)[1] >= wanted >= at(0.9)[1]:
             shift = round(bring_to(at, -0.9, 0.9, wanted, tolerance=0.0005, tries=30)[0], 6)
-            pairs.append([shift, round(ratio_of(policy.shifted(shift)), 4)])
+            pairs.append([shift, round(ratio_of(policies.shifted(policy, shift)), 4)])
     return pairs
 
 

@@ -30,13 +30,7 @@ class ModelArgs:
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if self.head_dim is None and self.dim % self.n_heads:
-            raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         self.head_dim = self.head_dim or self.dim // self.n_heads
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embeddings turn pairs")
 
 
 class RMSNorm(nn.Module):
@@ -76,8 +70,8 @@ class KVCache:
         shape = (args.n_layers, batch_size, args.n_kv_heads, max_seq_len, args.head_dim)  # (30, 1, 3, 100, 64)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.written = torch.zeros(args.n_layers, batch_size, max_seq_len, dtype=torch.bool)  # on the host
-        self.pad = torch.zeros(batch_size, dtype=torch.long)  # columns of left padding in each row, on the host
+        self.written = torch.zeros(args.n_layers, batch_size, max_seq_len, dtype=torch.bool)  # on the host: no GPU to wait for
+        self.pad = torch.zeros(batch_size, dtype=torch.long)  # columns of left padding in each row
         self.length = 0  # columns filled so far: where the next token goes
         self.freqs_cis = precompute_freqs_cis(torch.arange(max_seq_len)[None], args, device)[0]  # (100, 1, 32)
         self.args, self.max_seq_len = args, max_seq_len
@@ -86,12 +80,12 @@ class KVCache:
         """Store k, v, (batch, n_kv_heads, seq, head_dim), from column `length` on; return views of the layer's."""
         start, end = self.length, self.length + k.size(2)
         all_k, all_v = self.k[layer_id, :, :, :end], self.v[layer_id, :, :, :end]  # (1, 3, 100, 64)
-        if active is not None:  # (batch, seq): the other tokens keep what they had, or miss an entry
+        if active is not None:  # (batch, seq); only for policies that skip attention, whose other tokens miss an entry
             keep = active[:, None, :, None].to(k.device)  # (batch, seq) -> (batch, 1, seq, 1)
             k, v = torch.where(keep, k, all_k[:, :, start:]), torch.where(keep, v, all_v[:, :, start:])
             active = active | self.written[layer_id, :, start:end]
         all_k[:, :, start:], all_v[:, :, start:] = k, v
-        self.written[layer_id, :, start:end] = active is None or active
+        self.written[layer_id, :, start:end] = True if active is None else active
         return all_k, all_v
 
     def complete(self):
@@ -117,7 +111,7 @@ class Step:
     positions: torch.Tensor  # (batch, seq) on the host; 0 in padding
     token_index: torch.Tensor  # (batch, seq) on the host: position - prompt_len, negative in the prompt and in padding
     freqs_cis: torch.Tensor  # (batch, seq, 1, head_dim / 2), the rotary factors of the positions
-    mask: torch.Tensor | None  # bool (batch, 1, seq, columns); None if a token sees every column up to its own
+    mask: torch.Tensor  # bool (batch, 1, seq, columns): which columns each token sees
     trace: object  # a skip.Trace, or None
     logits: object  # x (batch, seq, dim) -> fp32 logits (batch, seq, vocab): the model's final norm and head
 
@@ -133,17 +127,16 @@ class Attention(nn.Module):
 
     def forward(self, x, step, active=None):
         """What is added to the residual stream; x, (batch, seq, dim), is the norm of that stream."""
-        heads = (*step.positions.shape, self.args.n_heads, self.args.head_dim)
         k, v = self.write_kv(x, step, active)
-        q = apply_rotary_emb(self.wq(x).view(heads), step.freqs_cis)  # (1, 1, 576) -> (1, 1, 9, 64)
+        q = self.wq(x).unflatten(-1, (-1, self.args.head_dim))  # (1, 1, 576) -> (1, 1, 9, 64)
+        q = apply_rotary_emb(q, step.freqs_cis)
         out = self.attend(q.transpose(1, 2), k, v, step)  # (1, 9, 1, 64)
         return self.wo(out.transpose(1, 2).flatten(2))  # -> (1, 1, 9, 64) -> (1, 1, 576)
 
     def write_kv(self, x, step, active=None):
         """Write the keys and values of x into the cache; return the layer's, from column 0 on."""
-        heads = (*step.positions.shape, self.args.n_kv_heads, self.args.head_dim)
-        k = apply_rotary_emb(self.wk(x).view(heads), step.freqs_cis)  # (1, 1, 192) -> (1, 1, 3, 64)
-        v = self.wv(x).view(heads)
+        k = apply_rotary_emb(self.wk(x).unflatten(-1, (-1, self.args.head_dim)), step.freqs_cis)
+        v = self.wv(x).unflatten(-1, (-1, self.args.head_dim))  # (1, 1, 192) -> (1, 1, 3, 64), and so is k
         return step.cache.write(self.layer_id, k.transpose(1, 2), v.transpose(1, 2), active)  # (1, 3, 100, 64)
 
     def attend(self, q, k, v, step):
@@ -169,7 +162,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """
     One layer, in the parts that a policy may call. x, h, temp: (batch, seq, dim), the residual stream before the
-    attention, between the blocks, and after the feed-forward block. active: (batch, seq) bool on the host; None: all.
+    attention, between the blocks, and after the feed-forward block; a policy changes none of them in place. active:
+    (batch, seq) bool on the host; None: all.
     """
 
     def __init__(self, args, layer_id):
@@ -186,15 +180,15 @@ class Block(nn.Module):
 
     def add_feed_forward(self, h, step, active=None):
         """temp = h + feed_forward. With `active`, the block does not run for the other tokens, whose temp is h."""
-        if active is not None and not active.any():
-            return h
         if active is None or active.all():
             temp = h + self.feed_forward(self.ffn_norm(h))
-        else:
-            index = active.flatten().nonzero().squeeze(1).to(h.device, non_blocking=True)  # (active tokens,)
+        elif active.any():  # some tokens of several, which never happens when one text is decoded
+            index = active.flatten().nonzero().squeeze(1).to(h.device)  # (active tokens,)
             some = h.flatten(0, 1)[index]  # (batch, seq, dim) -> (batch * seq, dim) -> (active tokens, dim)
             some = some + self.feed_forward(self.ffn_norm(some))
             temp = h.flatten(0, 1).index_copy(0, index, some).view_as(h)
+        else:
+            return h
         if step.trace is not None:
             step.trace.record_ran(self.layer_id, active)
         return temp
@@ -241,27 +235,22 @@ class Transformer(nn.Module):
         cache.pad = pad
         step = self.prepare(tokens, cache, prompt_len, trace)
         x = (policy or dense)(list(self.layers), self.tok_embeddings(tokens), step)  # (1, 1) -> (1, 1, 576)
-        if x is None:
-            raise ValueError("the policy returned nothing: it must return x")
         cache.length += tokens.size(1)
         return self.logits(x[:, -1:] if last_only else x)
 
     def prepare(self, tokens, cache, prompt_len, trace):
         """The Step of a forward pass over tokens (batch, seq), which come after what is in the cache."""
-        end = cache.length + tokens.size(1)
-        columns = torch.arange(cache.length, end)  # (seq,)
+        columns = torch.arange(cache.length, cache.length + tokens.size(1))  # (seq,)
         positions = columns - cache.pad[:, None]  # (batch, seq), negative in padding
         token_index = positions - torch.as_tensor(prompt_len).cpu().view(-1, 1)
         if trace is not None:
             trace.begin(self.args.n_layers, token_index, real=positions >= 0)
         positions = positions.clamp(min=0)
         freqs_cis = cache.freqs_cis[positions.to(tokens.device)]
-        mask = None  # one token sees all that lies before it
-        if len(columns) > 1 or cache.pad.any():
-            query, key, pad = columns[:, None], torch.arange(end), cache.pad[:, None, None]
-            # no token sees padding, but padding sees itself, so that its softmax has a term and stays finite
-            mask = (key <= query) & ((key >= pad) | (query < pad))  # (batch, seq, end)
-            mask = mask[:, None].to(tokens.device)  # (batch, 1, seq, end), the same for all heads
+        query, key, pad = columns[:, None], torch.arange(columns[-1] + 1), cache.pad[:, None, None]
+        # No token sees padding, but padding sees itself, so that its softmax has a term and stays finite.
+        mask = (key <= query) & ((key >= pad) | (query < pad))  # (batch, seq, keys)
+        mask = mask[:, None].to(tokens.device)  # (batch, 1, seq, keys), the same for all heads
         return Step(cache, positions, token_index, freqs_cis, mask, trace, self.logits)
 
     def logits(self, x):

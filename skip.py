@@ -11,7 +11,7 @@ Where the printed pseudocode is silent or misprinted, this file reads it so:
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -71,17 +71,6 @@ class FFNSkip:
     def threshold(self, layer):
         return self.sim_threshold[layer.layer_id] if isinstance(self.sim_threshold, list) else self.sim_threshold
 
-    def shifted(self, shift):
-        """These settings with every threshold raised by `shift`."""
-        if isinstance(self.sim_threshold, list):
-            return replace(self, sim_threshold=[value + shift for value in self.sim_threshold])
-        return replace(self, sim_threshold=self.sim_threshold + shift)
-
-    @classmethod
-    def authors(cls, n_layers, k, max_seq_len=1024):
-        """What https://github.com/Ajay1994/layer-skip does, for max_seq_len tokens of prompt and answer; it tests >."""
-        return cls(4, n_layers - 5, math.nextafter(0.95, 1), max(-1, max_seq_len // 64 - 3), k, False, full_every=6)
-
     def __call__(self, layers, input_state, step):
         """Algorithm 1, printed at the right, for each token of input_state, (batch, seq, dim), on its own."""
         self.check(len(layers))
@@ -99,8 +88,8 @@ class FFNSkip:
                                                                         # (token_index, input_state, cold_s, cold_e):
     def generate_with_skip_model(self, layers, input_state, step, full):
         """
-        What is printed for one token happens to each of (batch, seq); those in `full` run in full. skip_state is a list
-        on the host with one number per token: how many FFN blocks it still skips, 0 being the paper's False.
+        The pseudocode is for one token; here it is applied to each token of (batch, seq). Tokens in `full` skip nothing.
+        skip_state is a list with one number per token: how many FFN blocks it still skips. 0 is the paper's False.
         """
         k = self.k or len(layers)                                       # (None: skip up to cold_e)
         past_state = input_state                                        # past_state <- input_state
@@ -115,7 +104,9 @@ class FFNSkip:
             sim_score = self.cosine(h, temp, layer, step, skip_state)   #         sim_score <- cosine(h, temp)
             for i, n in enumerate(skip_state):
                 if n > 0:                                               #             (section 3.2: greedily skip k)
-                    skip_state[i] = n - 1 if n > 1 or self.recheck else FULL
+                    skip_state[i] = n - 1
+                    if n == 1 and not self.recheck:                     #             (the rest of it runs in full)
+                        skip_state[i] = FULL
                 elif n == 0 and sim_score[i] >= self.threshold(layer):  #         if sim_score >= sim_threshold then
                     skip_state[i] = k                                   #             skip_state <- True
             past_state = temp                                           #         past_state <- temp

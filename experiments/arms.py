@@ -13,6 +13,7 @@ from policies.baselines import calibration_text, run_active, similarity, warm_up
 from fit_standins import fit_ridge, moments
 from policies.standins import StandIns, load
 
+import policies
 from calibrate import cold_regions, plan, skip_per_layer
 from support.measuring import as_windows, measure
 
@@ -49,7 +50,7 @@ class WithStandIns:
 
     def shifted(self, shift):
         """The same with every threshold raised by `shift`."""
-        return WithStandIns(self.policy.shifted(shift), self.stand_ins)
+        return WithStandIns(policies.shifted(self.policy, shift), self.stand_ins)
 
     def __call__(self, layers, x, step):
         return self.policy([Replaceable(layer, self.stand_ins) for layer in layers], x, step)

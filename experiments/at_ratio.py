@@ -87,10 +87,10 @@ def at_ratio_ffnskip(base, model, skip, calibration):
     if skip is None:
         return base, calibration.ratio_of(base)
     thresholds = torch.tensor(base.thresholds(model.args.n_layers))
-    base = base.shifted(-thresholds[0].item())  # thresholds of one per layer keep their distances from the first
+    base = policies.shifted(base, -thresholds[0].item())  # thresholds of one per layer keep their distances from the first
 
     def at(threshold):
-        policy = base.shifted(threshold)
+        policy = policies.shifted(base, threshold)
         return policy, calibration.ratio_of(policy)
 
     cosines = calibration.cosines - (thresholds - thresholds[0])

@@ -3,7 +3,7 @@ Speed, and nothing else: model.py needs nothing of this folder, and gives the sa
 
     model = accelerate(model)      what load_weights.load_model does last; plain(model) undoes it
 
-A policy walks over layers, so speed is other layers for the same policy, with the same three methods:
+A policy walks over layers, so speed is other layers for the same policy, with the same methods:
 
 one_row.py   a layer for one row on a CPU: vectors for (1, 1, dim), no modules, and the product that is fastest there
 graphs.py    a layer for one token per row on a GPU: each half recorded once, and replayed with one call
@@ -27,6 +27,8 @@ class Transformer(plain_model.Transformer):
                 layers = graphs.begin(step)
             elif one_row.way:
                 layers = one_row.faster(layers, step.cache)
+            if one_row.needs_no_mask(step, x):
+                step.mask = None
             with torch.inference_mode():  # less bookkeeping than no_grad; the logits, outside, remain plain tensors
                 return (policy or plain_model.dense)(layers, x, step)
 

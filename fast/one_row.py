@@ -75,6 +75,12 @@ class Squares:
         state32, square = self.of(state)
         return (state32 * (square / len(state32) + eps) ** -0.5 * scale).type_as(state)
 
+    def cosine(self, h, temp):
+        """The cosine of two states as a number of float32, whatever their dtype."""
+        h32, h_square = self.of(h)
+        temp32, temp_square = self.of(temp)
+        return c_float(torch.dot(h32, temp32).item() / max(h_square * temp_square, 1e-16) ** 0.5).value
+
 
 class Layer:
     """
@@ -133,9 +139,7 @@ class Layer:
     def cosine(self, h, temp):
         if h.numel() != h.size(-1):
             return self.layer.cosine(h, temp)
-        h32, h_square = self.squares.of(h)
-        temp32, temp_square = self.squares.of(temp)
-        return [c_float(torch.dot(h32, temp32).item() / max(h_square * temp_square, 1e-16) ** 0.5).value]
+        return [self.squares.cosine(h, temp)]
 
 
 def multiply(x, weight):
@@ -147,13 +151,13 @@ kept = WeakKeyDictionary()  # {KVCache: its Layers}
 
 def faster(layers, cache):
     """
-    A Layer for each of the layers, kept as long as the cache is. If one of them is not as model.py has it, the layers
-    themselves. What is replaced or hooked after a cache's first row is noticed with the next cache.
+    A Layer for each of the layers, kept as long as the cache is; the layers themselves if one of them or the cache is
+    not as model.py has it. What is replaced or hooked after a cache's first row is noticed with the next cache.
     """
     found = kept.get(cache)
     if found is not None and found[0].layer is layers[0]:
         return found
-    if not all(map(is_plain, layers)):
+    if type(cache) is not model.KVCache or "write" in vars(cache) or not all(map(is_plain, layers)):
         return layers
     squares = Squares()
     kept[cache] = [Layer(layer, cache, squares) for layer in layers]
@@ -182,20 +186,27 @@ class RMSNorm(model.RMSNorm):
 class Attention(model.Attention):
     def attend(self, q, k, v, step):
         """
-        On a CPU a text from its beginning needs no mask. One 16-bit query whose heads share no keys is another matter:
-        without AMX PyTorch's kernel has a quarter of the speed of float32 copies.
+        A group of query heads is more queries of one head. One 16-bit query whose heads share no keys is another
+        matter: without AMX PyTorch's kernel has a quarter of the speed of float32 copies.
         """
         group, mask = q.size(1) // k.size(1), step.mask
         if q.size(2) > 1:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-            if k.size(2) == q.size(2) and not (step.cache.pad.any() or q.is_cuda):  # there cuDNN's bits would vary
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         one = q.size(0) == group == 1 and q.device.type == "cpu"
-        if not one or q.dtype == torch.float32 or AMX or not AVX512_BF16:  # a group's heads: more queries of one head
-            out = F.scaled_dot_product_attention(q.reshape(len(q), -1, group, q.size(3)), k, v, attn_mask=mask)
-            return out.reshape(q.shape)  # (1, 9, 1, 64) -> (1, 3, 3, 64), and back
-        return attend_in_float32(q, k, v, mask)
+        if one and q.dtype != torch.float32 and AVX512_BF16 and not AMX:
+            return attend_in_float32(q, k, v, mask)
+        out = F.scaled_dot_product_attention(q.reshape(len(q), -1, group, q.size(3)), k, v, attn_mask=mask)
+        return out.reshape(q.shape)  # (1, 9, 1, 64) -> (1, 3, 3, 64), and back
+
+
+def needs_no_mask(step, x):
+    """
+    True if each token of x, (batch, seq, dim), sees all columns up to its own, and the kernel knows: of one token, or
+    of a text from its beginning. On CUDA the second would be cuDNN's kernel, whose bits vary.
+    """
+    from_the_start = step.cache.length == 0 and not x.is_cuda
+    return (x.size(1) == 1 or from_the_start) and not step.cache.pad.any()
 
 
 KNOWN |= {RMSNorm, Attention}
@@ -217,9 +228,3 @@ def attend_in_float32(q, k, v, mask):
         v32 = scratch[1, : shape.numel()].view(shape).copy_(v[:, some])
         out.append(F.scaled_dot_product_attention(q[:, some].float(), k32, v32, attn_mask=mask))
     return torch.cat(out, dim=1).type_as(q)
-
-
-def cosine_of_one(a, b):
-    """The cosine of two vectors as a number, in float32 whatever their dtype, without the dozen operations of F's."""
-    a, b = a.view(-1).float(), b.view(-1).float()
-    return c_float(torch.dot(a, b).item() / max(torch.dot(a, a).item() * torch.dot(b, b).item(), 1e-16) ** 0.5).value

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import inspect
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy
@@ -88,7 +88,14 @@ def find_ffnskip(settings, skip, n_layers):
     least, most = pairs[0][0], pairs[-1][0]
     if not least <= skip <= most:
         raise ValueError(f"--skip {skip}: these settings reach {least:.3f} to {most:.3f}; {command} looks for others")
-    return policy.shifted(float(numpy.interp(skip, *zip(*pairs))))
+    return shifted(policy, float(numpy.interp(skip, *zip(*pairs))))
+
+
+def shifted(policy, shift):
+    """The settings of an FFNSkip with every threshold raised by `shift`."""
+    if isinstance(policy.sim_threshold, list):
+        return replace(policy, sim_threshold=[value + shift for value in policy.sim_threshold])
+    return replace(policy, sim_threshold=policy.sim_threshold + shift)
 
 
 def find_factory(name):

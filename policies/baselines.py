@@ -21,6 +21,7 @@ A policy has an attribute warm_up_index, since its ratio is counted past the war
                                                   starts from: see attended_missing
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -103,15 +104,24 @@ class RandomRun:
         return x
 
 
+def authors_settings(n_layers, k, max_seq_len=1024):
+    """
+    What https://github.com/Ajay1994/layer-skip does, as settings of FFNSkip, for max_seq_len tokens of prompt and
+    answer. It tests > and not >=. Its warm-up is max_seq_len // 64 zeros, of which it reads those from the third on.
+    """
+    warm_up_index = max(-1, max_seq_len // 64 - 3)
+    return FFNSkip(4, n_layers - 5, math.nextafter(0.95, 1), warm_up_index, k, recheck=False, full_every=6)
+
+
 def authors(model, skip, warm_up_index=None, tokens=None, seed=0, max_seq_len=1024):
     """
-    FFN-SkipLLM with the settings of the authors' public code, FFNSkip.authors: the threshold is fixed, and k is the
+    FFN-SkipLLM with the authors_settings: the threshold is fixed, and k is the
     whole number whose ratio on the calibration text, by a replay of its cosines, is nearest to `skip`.
     """
     n_layers = model.args.n_layers
     if n_layers < 11:
         raise ValueError(f"authors runs the first and the last five layers in full: it skips nothing in {n_layers}")
-    policy = FFNSkip.authors(n_layers, 1, max_seq_len)
+    policy = authors_settings(n_layers, 1, max_seq_len)
     if warm_up_index is not None:
         policy.warm_up_index = warm_up_index
     cosines = measure(model, as_windows(calibration_text(model, tokens, seed)), policy.warm_up_index).cpu()

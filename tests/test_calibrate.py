@@ -16,6 +16,7 @@ from tiny import Bytes, mistake, random_ids, status, tiny_model, walk
 import calibrate
 from support import common
 import policies
+from policies.baselines import authors_settings
 from calibrate import candidates, cold_regions, gather_windows, plan, replay, skip_per_layer, verify
 from generate import main as generate_main
 from support.measuring import measure, quality, read_cosines, skip_ratio, text_windows
@@ -142,7 +143,7 @@ def test_a_replay_of_the_authors_settings_skips_what_the_authors_logged(k, logge
     Per cent of LLaMA-2-13B's blocks skipped in their MT-Bench logs with these k (cosine_pattern_K_False.jsonl), where
     every sixth token past the warm-up ran in full; here over the cosines of other prompts.
     """
-    found = 100 * replay(recorded("llama-2-13b.c4"), FFNSkip.authors(40, k)) * 5 / 6
+    found = 100 * replay(recorded("llama-2-13b.c4"), authors_settings(40, k)) * 5 / 6
     assert found == pytest.approx(logged, abs=0.15)
 
 
@@ -308,7 +309,7 @@ def test_the_ratios_in_the_settings_are_what_the_shifts_skip_of_the_text_held_ou
     assert isinstance(policy.sim_threshold, list) == ("per layer" in settings["chosen"])
     assert list(shifts) == sorted(shifts, reverse=True) and list(ratios) == sorted(ratios)
     for shift, ratio in settings["ratios"]:
-        assert skip_ratio(model, policy.shifted(shift), held_out) == pytest.approx(ratio, abs=5.1e-5)  # four digits
+        assert skip_ratio(model, policies.shifted(policy, shift), held_out) == pytest.approx(ratio, abs=5.1e-5)  # four digits
     for low, high in zip(ratios, ratios[1:]):
         planned = policies.find_policy("ffnskip", model, loaded, (low + high) / 2)
         assert low - 0.005 <= skip_ratio(model, planned, held_out) <= high + 0.005
@@ -343,7 +344,7 @@ def test_what_calibrate_writes_is_what_generate_runs(checkpoint, capsys):
     assert report["policy"] == "ffnskip" and report["settings"]["skip"]["sim_threshold"] == first["sim_threshold"]
     generate_main([*generate, "--skip", str(first["ratios"][-1][1])])
     skip = json.loads(capsys.readouterr().out)["settings"]["skip"]
-    moved = FFNSkip(**report["settings"]["skip"]).shifted(first["ratios"][-1][0])
+    moved = policies.shifted(FFNSkip(**report["settings"]["skip"]), first["ratios"][-1][0])
     assert skip["sim_threshold"] == pytest.approx(moved.sim_threshold)
 
 
@@ -373,7 +374,7 @@ def test_recorded_cosines_are_planned_without_a_model(tmp_path):
     assert cosines.shape == (200, 32)
     policy = FFNSkip(**{key: written[key] for key in ("cold_s", "cold_e", "sim_threshold", "warm_up_index", "k")})
     for shift, ratio in written["ratios"]:  # planned, for there is nothing to try them on
-        assert replay(cosines, policy.shifted(shift)) == pytest.approx(ratio, abs=5.1e-5)
+        assert replay(cosines, policies.shifted(policy, shift)) == pytest.approx(ratio, abs=5.1e-5)
 
 
 SMALL = ["--ckpt", str(GOLDEN / "hf-gqa"), "--text", "OUR/text.txt"]

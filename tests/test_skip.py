@@ -41,8 +41,9 @@ from tiny import (
 )
 
 import skip as skip_py
-from fast.one_row import cosine_of_one
+from fast.one_row import Squares
 from model import dense
+from policies.baselines import authors_settings
 from skip import FFNSkip
 from support.tracing import Trace
 
@@ -559,7 +560,7 @@ def test_the_cosine_of_one_token_is_that_of_float64(dim, dtype):
         h = torch.randn(1, 1, dim, generator=draw).to(dtype)
         temp = h + scale * torch.randn(1, 1, dim, generator=draw).to(dtype)
         exact = F.cosine_similarity(h.double(), temp.double(), dim=-1).item()
-        assert cosine_of_one(h, temp) == pytest.approx(exact, abs=5e-7)
+        assert Squares().cosine(h, temp) == pytest.approx(exact, abs=5e-7)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -569,14 +570,14 @@ def test_the_authors_public_code_is_a_setting(k, max_seq_len, warm_up_index):
     README: the authors' public code is a setting of the same walk: > 0.95, k blocks once, every sixth in full. The
     warm-up is max_seq_len // 64 zeros of skip_plot, which generation.py begins to read at the third: token_index + 2.
     """
-    skip = FFNSkip.authors(32, k, max_seq_len)
+    skip = authors_settings(32, k, max_seq_len)
     assert skip == FFNSkip(4, 27, math.nextafter(0.95, 1), warm_up_index, k, recheck=False, full_every=6)
     skip.check(32)
     cosine = [[HIGH]] * 32
     at = warm_up_index + torch.tensor([0, 1, 5, 6, 7, 12])
     full, skipped = "#" * 32, "#" * 5 + "." * k + "#" * (27 - k)
     assert drawn(walk(skip, cosine, at.tolist())) == [full, skipped, skipped, full, skipped, full]
-    assert FFNSkip.authors(32, k).warm_up_index == 13
+    assert authors_settings(32, k).warm_up_index == 13
 
 
 def test_the_prompt_always_runs_in_full():

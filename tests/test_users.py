@@ -16,7 +16,7 @@ from support import common
 import generate
 from support.common import find_checkpoint, model_name, read_utf8, to_json
 from support.measuring import measure, read_cosines, read_jsonl, read_text
-from fast.one_row import cosine_of_one
+from fast.one_row import Squares
 from policies import load_settings, settings_path
 from skip import FFNSkip
 
@@ -275,4 +275,4 @@ def test_a_trace_that_cannot_be_written_is_known_before_the_work(tmp_path, capsy
 
 
 def test_vectors_of_length_zero_have_the_cosine_zero():
-    assert cosine_of_one(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4)) == 0
+    assert Squares().cosine(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4)) == 0

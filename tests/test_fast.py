@@ -1,0 +1,153 @@
+"""
+fast/ gives what model.py gives, sooner: model.py, which anyone can check by reading, is the oracle. What is replayed on
+a GPU is in test_graphs.py.
+"""
+
+import copy
+import math
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tiny import close, models, new_cache, random_ids, tiny_model
+
+from fast import accelerate, one_row, parallel, plain
+from model import KVCache, Transformer
+from policies.baselines import POLICIES
+from policies.standins import StandIns, ready
+from skip import FFNSkip
+from support.tracing import Trace
+
+
+def random_standins(model, seed):
+    """StandIns whose maps and probes are random, so that tokens skip here and there."""
+    n_layers, dim, draw = model.args.n_layers, model.args.dim, torch.Generator().manual_seed(seed)
+    shapes = dict(
+        down=(n_layers, 2, 3, dim), up=(n_layers, 2, dim, 3), mean=(n_layers, 2, dim), centre=(n_layers, 2, dim),
+        probe=(n_layers, dim), bias=(n_layers,),
+    )  # fmt: skip
+    parts = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    return StandIns(ready(parts, torch.float32), 0.0, n_layers, warm_up_index=1)
+
+
+def make(name, model, seed):
+    """A policy by its name, made of the model, which skips some blocks of it."""
+    if name == "standins":
+        return random_standins(model, seed)
+    if name == "ffnskip":
+        return FFNSkip(0, model.args.n_layers, 0.9, warm_up_index=1, k=1)
+    if name == "printed":
+        return FFNSkip(0, model.args.n_layers, 0.9, warm_up_index=1)
+    tokens = torch.tensor(random_ids(48, seed)).view(4, 12)
+    if name == "dense":
+        return None
+    return POLICIES[name](model, 0.25, warm_up_index=1, tokens=tokens, seed=seed)
+
+
+def decode(model, ids, policy, prompt_len):
+    """(logits, cache, trace) of a text whose prompt is forwarded at once, and the rest token by token."""
+    tokens, trace, cache, logits = torch.tensor([ids]), Trace(), new_cache(model, 1), []
+    for part in tokens.tensor_split([*range(prompt_len, len(ids))], dim=1):
+        logits.append(model(part, cache, policy, prompt_len, trace=trace))
+    return torch.cat(logits, dim=1), cache, trace
+
+
+@pytest.mark.parametrize("name", ["dense", "ffnskip", "printed", "standins", *POLICIES])
+@settings(max_examples=8)
+@given(data=st.data())
+def test_an_accelerated_model_is_the_plain_one(name, data):
+    """Logits to 1e-5 in float32; what ran, what was written and what was compared, exactly."""
+    at_least = 11 if name == "authors" else 5
+    model, seed = data.draw(models(n_layers=st.integers(at_least, at_least + 4))), data.draw(st.integers(0, 2**20))
+    fast, ids = accelerate(copy.deepcopy(model)), random_ids(14, seed)
+    policy = make(name, model, seed)
+    logits, cache, trace = decode(model, ids, policy, prompt_len=4)
+    if name in ("ffnskip", "printed", "authors"):  # at a tie, rounding decides
+        assume(((trace.cosine - policy.threshold(model.layers[0])).abs().nan_to_num(1) > 1e-5).all())
+    fast_logits, fast_cache, fast_trace = decode(fast, ids, policy, prompt_len=4)
+    assert close(fast_logits, logits)
+    assert torch.equal(fast_trace.ran, trace.ran) and torch.equal(fast_cache.written, cache.written)
+    assert torch.allclose(fast_trace.cosine, trace.cosine, atol=1e-5, equal_nan=True)
+    assert close(fast_cache.k, cache.k) and close(fast_cache.v, cache.v)
+
+
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_an_infinite_threshold_is_dense_bit_for_bit_on_either(data, dtype):
+    model = data.draw(models(dtype=dtype))
+    skip = FFNSkip(0, model.args.n_layers, math.inf, warm_up_index=-1)
+    for each in model, accelerate(copy.deepcopy(model)):
+        logits, cache, _ = decode(each, random_ids(12), None, prompt_len=5)
+        again, again_cache, trace = decode(each, random_ids(12), skip, prompt_len=5)
+        assert torch.equal(again, logits) and torch.equal(again_cache.k, cache.k)
+        assert trace.ran.all() and cache.complete() and again_cache.complete()
+
+
+def test_accelerating_is_undone_and_changes_no_name_and_no_weight():
+    model = tiny_model()
+    weights, classes = model.state_dict(), [type(module) for module in model.modules()]
+    assert accelerate(model) is model and type(model) is not Transformer
+    found = model.state_dict()
+    assert list(found) == list(weights) and all(found[name] is weights[name] or torch.equal(found[name], weights[name])
+                                                for name in weights)
+    assert [type(module) for module in plain(model).modules()] == classes
+
+
+def test_monitoring_a_layer_costs_one_dot_product():
+    """The two norms around it have the squares of h and of temp."""
+    model = accelerate(tiny_model(n_layers=4))
+    monitor, calls = FFNSkip(0, 4, 1.0005, warm_up_index=-1), []
+    for policy in None, monitor:
+        cache = new_cache(model, 1)
+        model(torch.tensor([[1, 2]]), cache)
+        with mock.patch.object(torch, "dot", side_effect=torch.dot) as dot:
+            model(torch.tensor([[3]]), cache, policy)
+        calls.append(dot.call_count)
+    assert calls == [2 * 4 + 1, 2 * 4 + 1 + 4 + 1]  # two norms per layer and the final one; the last temp has no next norm
+
+
+def test_only_a_cache_as_model_py_has_it_is_written_to_directly():
+    class Counting(KVCache):
+        writes = 0
+
+        def write(self, *args):
+            self.writes += 1
+            return super().write(*args)
+
+    model = accelerate(tiny_model(n_layers=4))
+    cache = Counting(model.args, 1, 8)
+    model(torch.tensor([[1]]), cache)
+    assert cache.writes == 4
+    cache, written = new_cache(model, 1), []
+    write = cache.write
+    cache.write = lambda layer_id, *args: written.append(layer_id) or write(layer_id, *args)
+    model(torch.tensor([[1]]), cache)
+    assert written == [0, 1, 2, 3]
+
+
+def test_a_cache_serves_one_model_after_another_and_a_copy_of_it_stands_alone():
+    model, other = accelerate(tiny_model(seed=1)), accelerate(tiny_model(seed=2))
+    cache = new_cache(model, 1)
+    model(torch.tensor([[1]]), cache)
+    copied = copy.deepcopy(cache)
+    logits = other(torch.tensor([[2]]), cache)
+    assert close(other(torch.tensor([[2]]), copied), logits)
+    assert close(plain(other)(torch.tensor([[2]]), fresh(model)), logits)
+
+
+def fresh(model):
+    """A cache that holds token 1 as the model writes it."""
+    cache = new_cache(model, 1)
+    model(torch.tensor([[1]]), cache)
+    return cache
+
+
+def test_one_row_of_several_processes_has_vectors_too():
+    """Their blocks carry a hook that sums over the processes; a layer with any other hook is walked as it is."""
+    model = accelerate(tiny_model())
+    for module in model.layers[0].attention, model.layers[0].feed_forward:
+        module.register_forward_hook(parallel.add_up)
+    assert one_row.is_plain(model.layers[0])
+    model.layers[0].feed_forward.register_forward_hook(lambda module, inputs, out: out)
+    assert not one_row.is_plain(model.layers[0])
