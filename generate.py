@@ -9,24 +9,20 @@ Generate text with a LLaMA checkpoint, dense or with feed-forward skipping (FFN-
 
 import functools
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
 
-from support import common
-from support.common import check_finite, check_ids
-from fast import parallel
 import policies
+from fast import parallel
 from fast.graphs import add_graphs
+from fast.processes import from_first
 from load_weights import load
 from model import KVCache, dense
-from fast.processes import from_first
-from support.chat import converse, first_messages
-from support.show import TextStream, comparison_summary, layer_bar, print_texts, screen, summary, write, write_trace
+from support import common, show
+from support.chat import converse
 from support.tracing import Trace
-from support.trace_page import write_page
 
 QUESTION = "What are the most famous sights of Paris?"
 
@@ -37,44 +33,51 @@ def sample(logits, temperature=0.0, top_p=1.0, generator=None):
     ValueError if the likeliest is not finite.
     """
     most, likeliest = logits.max(-1, keepdim=True)  # (batch, 1)
-    check_finite(most)
+    common.check_finite(most)
     if temperature == 0:
         return likeliest.squeeze(1).cpu()
     probs = torch.softmax((logits - most).cpu() / max(temperature, 1e-30), dim=-1)  # near 0 it is greedy too
     if top_p < 1:
         probs, index = probs.sort(dim=-1, descending=True)
         before = probs.cumsum(-1) - probs  # what the likelier tokens hold (Holtzman et al. 2020)
-        before[..., 0] = 0  # rounding must not leave out the likeliest
+        before[..., 0] = 0  # rounding must not exclude the likeliest
         probs[before >= max(top_p, 1e-30)] = 0
         probs = torch.zeros_like(probs).scatter(-1, index, probs)
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 
 
-def generate(
-    model, tokens, max_new_tokens, policy=None, temperature=0.0, top_p=1.0, seed=0, eos_ids=(),
+def generate(model, tokens, max_new_tokens, policy=None, **options):
+    """
+    Continue one prompt, a list of ids, and yield the ids that follow, one by one. It ends with end-of-text (which is
+    yielded), after max_new_tokens, or when the model's max_seq_len is full. Options and errors: see generate_batch.
+    """
+    for ids in generate_batch(model, [tokens], max_new_tokens, policy, **options):
+        yield ids[0]
+
+
+def generate_batch(
+    model, prompts, max_new_tokens, policy=None, temperature=0.0, top_p=1.0, seed=0, eos_ids=(),
     prompt_len=None, trace=None, cache=None,
 ):
     """
-    Continue `tokens`, and yield token by token: an int for one prompt (a list of ids); for several (a list of lists) a
-    list of one id per prompt, None once that prompt's text has ended. Ends with end-of-text (which is yielded), after
-    max_new_tokens, or when the model's max_seq_len is full.
+    Continue several prompts, lists of ids, and yield a list of one id per prompt at each step; None for a prompt whose
+    text has ended.
 
     policy      as in Transformer.forward; None: dense
     prompt_len  tokens of each prompt that count as prompt and run in full; None: all; 0: skip in the prompt as well
     cache       a KVCache of the first cache.length tokens of each prompt, which are not forwarded again: what it holds
-                stays as it was written, under whatever policy. rewind() it to what it shares with `tokens` before.
+                stays as it was written, under whatever policy. support.cache.rewind() it first to what it shares with
+                the prompts.
     Raises ValueError for an empty prompt, one longer than the model's max_seq_len, an id without a row in the model, or
     a cache that leaves no token to forward.
     """
-    tokens = tokens.tolist() if torch.is_tensor(tokens) else tokens
-    single = not tokens or isinstance(tokens[0], int)
-    prompts = [tokens] if single else tokens
+    prompts = [prompt.tolist() if torch.is_tensor(prompt) else prompt for prompt in prompts]
     longest, limit = max(map(len, prompts)), model.args.max_seq_len
     if not all(prompts):
         raise ValueError("the prompt is empty: there is nothing to continue")
     if longest > limit:
         raise ValueError(f"the prompt has {longest} tokens, more than the model's max_seq_len {limit}")
-    check_ids(model, *prompts)
+    common.check_ids(model, *prompts)
     weight = model.tok_embeddings.weight
     if cache is None:
         cache = KVCache(model.args, len(prompts), min(longest + max_new_tokens, limit), weight.dtype, weight.device)
@@ -102,136 +105,28 @@ def generate(
                 ids[row] = None
             elif token in eos_ids:
                 ended[row] = True
-                # The row still runs beside the others; as prompt it is neither skipped nor counted.
+                # The row still runs beside the others; counted as prompt, it is neither skipped nor part of a ratio.
                 prompt_len[row] = limit
-        yield ids[0] if single else ids
+        yield ids
         if all(ended):
             return
 
 
 def written_windows(model, prompts, n_new, seed, temperature=1.0, eos_ids=()):
     """Windows (ids, prompt_len) of prompts, lists of ids, each with up to n_new tokens that the model draws for it."""
-    loop, windows = generate(model, prompts, n_new, temperature=temperature, seed=seed, eos_ids=eos_ids), []
-    steps = [step for step, _ in zip(loop, common.progress(range(n_new), "writing"))]
-    for row, prompt in enumerate(prompts):
-        written = [step[row] for step in steps if step[row] is not None]
-        windows.append((prompt + written, len(prompt)))
-    return windows
-
-
-class Generation:
-    """
-    One policy at work on all prompts (lists of ids): what it has written so far, and how long that took. cache: as in
-    generate().
-    """
-
-    def __init__(self, name, policy, model, tokenizer, prompts, options, cache=None):
-        self.name, self.policy, self.model, self.tokenizer, self.prompts = name, policy, model, tokenizer, prompts
-        self.planned = options.skip if policy is not dense else None
-        self.trace, self.times = Trace(cosines=options.trace is not None), []
-        self.held = 0 if cache is None else cache.length  # tokens of a prompt that are not forwarded
-        self.ids = [[] for _ in prompts]
-        self.pieces = [[] for _ in prompts]  # the text of each token
-        self.streams = [TextStream(tokenizer, prompt) for prompt in prompts]
-        sampling = options.temperature, options.top_p, options.seed, tokenizer.eos_ids
-        prompt_len = 0 if options.skip_prompt else None
-        self.loop = generate(model, prompts, options.max_new_tokens, policy, *sampling, prompt_len, self.trace, cache)
-
-    def advance(self):
-        """One more token for every row; False when there is none."""
-        begin = time.perf_counter()
-        if self.times:
-            ids = next(self.loop, None)
-        else:
-            with layer_bar(self.model, "reading the prompt"):
-                ids = next(self.loop, None)
-        if ids is None:
-            return False
-        self.times.append(time.perf_counter() - begin)
-        for row, token in enumerate(ids):
+    loop = generate_batch(model, prompts, n_new, temperature=temperature, seed=seed, eos_ids=eos_ids)
+    windows = [(list(prompt), len(prompt)) for prompt in prompts]
+    for step, _ in zip(loop, common.progress(range(n_new), "writing")):
+        for (ids, _), token in zip(windows, step):
             if token is not None:
-                self.ids[row].append(token)
-                piece = "" if token in self.tokenizer.eos_ids else self.streams[row].add(token)
-                self.pieces[row].append(piece)
-        return True
-
-    def finish(self):
-        """Add the text that was held back, waiting for the rest of a character."""
-        for pieces, stream in zip(self.pieces, self.streams):
-            pieces.append(stream.rest())
-
-    def text(self, row=0):
-        return "".join(self.pieces[row])
-
-    def decode_speed(self):
-        """Tokens per second over all rows, without the first, which is the prefill's; None if there is no other."""
-        decode = sum(self.times[1:])
-        return sum(max(len(ids) - 1, 0) for ids in self.ids) / decode if decode else None
-
-    def skipped(self):
-        """The ffn_saved_ratio so far of one text: quicker than the trace's, to be asked for again and again."""
-        passes = self.trace.passes[1:]  # over one token each, in which only blocks that ran are recorded
-        blocks = sum(one.n_layers for one in passes)
-        return 1 - sum(len(one.ran) for one in passes) / blocks if blocks else 0.0
-
-    def report(self):
-        """What --json prints: lists over the prompts where there are several."""
-        n_prompt = [len(prompt) for prompt in self.prompts]
-        n_new = [len(ids) for ids in self.ids]
-        text = [self.text(row) for row in range(len(self.prompts))]
-        report = dict(text=text, prompt_tokens=n_prompt, new_tokens=n_new, token_ids=self.ids)
-        if len(self.prompts) == 1:
-            report = {key: value[0] for key, value in report.items()}
-        prefill, read = sum(self.times[:1]), sum(n - self.held for n in n_prompt)
-        return report | dict(
-            prefill_tokens_per_s=read / prefill if prefill else None,
-            decode_tokens_per_s=self.decode_speed(),
-            ffn_skip_ratio=self.trace.ffn_skip_ratio(getattr(self.policy, "warm_up_index", -1)),
-            ffn_saved_ratio=self.trace.ffn_saved_ratio(),
-            planned_skip_ratio=self.planned,
-            peak_memory_bytes=peak_memory(self.model.tok_embeddings.weight.device),
-            policy=self.name,
-        )
-
-
-def peak_memory(device):
-    """Bytes: of the device's allocator on CUDA, of the whole process elsewhere; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def speedup_bound(model, saved):
-    """The most that decoding can be faster than dense, if it is bound by reading weights: bytes / bytes left."""
-    weights = common.weight_bytes(model)
-    read = sum(weights.values())
-    return read / (read - saved * weights["feed_forward"])
-
-
-def comparison(generations, reports, model):
-    """What --compare adds to the JSON, dense first; first_difference is None where both texts are the same."""
-    differences = []
-    for a, b in zip(*(generation.ids for generation in generations)):
-        differences.append(None if a == b else common.first_difference(a, b))
-    dense_report, report = reports
-    speed, dense_speed = report["decode_tokens_per_s"], dense_report["decode_tokens_per_s"]
-    return dict(
-        first_difference=differences if len(differences) > 1 else differences[0],
-        speedup=speed / dense_speed if speed and dense_speed else None,
-        speedup_bound=speedup_bound(model, report["ffn_saved_ratio"] or 0.0),
-    )
+                ids.append(token)
+    return windows
 
 
 def parse_args(argv):
     parser = common.Parser(__doc__)
     add = parser.add_argument
     add("prompt", nargs="*", help='what to continue; several run as one batch; "-" reads one from standard input')
-    add("--prompts", metavar="FILE", help="more prompts, one per line")
     add("--chat", action="store_true", help="each prompt is a user's message, put into the checkpoint's chat template; "
         "without a prompt it is a conversation, of standard input")
     add("--system", metavar="TEXT", help="with --chat: what the model is told before the first message")
@@ -239,14 +134,14 @@ def parse_args(argv):
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the likeliest token")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens, which add up to P")
     common.add_model_arguments(parser)
+    add("--compare", action="store_true", help="run dense too, token by token in turn: both texts, both speeds, and a "
+        "picture of what was skipped")
     add("--json", action="store_true", help="print one JSON object and nothing else on standard output")
-    add("--compare", action="store_true", help="run dense too, token by token in turn, and print both texts and speeds")
-    add("--show-skips", action="store_true", help="shade each token by how many of its FFN blocks were skipped")
     add("--trace", metavar="FILE", help="write what was skipped: a page for the browser if FILE ends in .html, else "
         "CSV, one row per token")
     add = policies.add_skip_arguments(parser).add_argument
     add("--policy", help="dense, ffnskip (the default where there are settings), standins, one of "
-        "experiments/baselines.py, or FILE.py:FACTORY")
+        "policies/baselines.py, or FILE.py:FACTORY")
     add("--skip", type=float, metavar="R", help="share of all FFN blocks to skip past the warm-up")
     add("--warm-up-index", type=int, metavar="N", help="generated tokens 0 to N run in full; -1: none do")
     add("--skip-prompt", action="store_true", help="skip in the prompt as well, past its own warm-up")
@@ -261,27 +156,19 @@ def parse_args(argv):
         parser.error(f"--skip {options.skip} is not a share of at least 0 and below 1")
     if options.system is not None and not options.chat:
         parser.error("--system is for --chat")
-    for flag in "json", "compare", "show_skips", "trace":
-        if options.chat and not options.prompt and not options.prompts and getattr(options, flag):
-            parser.error(f"--{flag.replace('_', '-')} needs a prompt: --chat without one is a conversation")
+    if options.chat and not options.prompt and (options.json or options.compare or options.trace):
+        parser.error("--json, --compare and --trace need a prompt: --chat without one is a conversation")
     return options
 
 
-def read_prompts(options):
-    """The prompts on the command line, in --prompts and, for "-", on standard input; [] if none was given."""
-    prompts = []
-    for number, prompt in enumerate(options.prompt, start=1):
-        try:
-            text = from_first(sys.stdin.read).removesuffix("\n").removeprefix("\ufeff") if prompt == "-" else prompt
-            prompts.append(text.encode("utf-8", "surrogateescape").decode("utf-8"))
-        except UnicodeError:
-            raise ValueError(f"prompt {number}, {prompt!r}: not UTF-8 text") from None
-    if options.prompts:
-        lines = [line for line in common.read_utf8(options.prompts).split("\n") if line.strip()]
-        if not lines:
-            raise ValueError(f"{options.prompts}: no prompt in it: expected one per line")
-        prompts += lines
-    return prompts
+def read_prompt(number, prompt):
+    """The text of prompt `number` on the command line; "-" is standard input. Raises ValueError."""
+    try:
+        if prompt == "-":
+            prompt = from_first(sys.stdin.read).removesuffix("\n").removeprefix("\ufeff")
+        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise ValueError(f"prompt {number}, {prompt!r}: not UTF-8 text") from None
 
 
 def choose_policy(options, ckpt, model):
@@ -292,10 +179,11 @@ def choose_policy(options, ckpt, model):
     name = options.policy or ("ffnskip" if settings or options.skip is not None else "dense")
     if options.standins and name != "standins" and ":" not in name:
         raise ValueError(f"--standins is for --policy standins, and the policy is {name}")
+    if options.compare and name == "dense":
+        raise ValueError("--compare needs a policy to compare with: --policy NAME, or settings from calibrate.py")
     if options.policy is None and name == "dense":
-        command = "python calibrate.py" + (f" --ckpt {options.ckpt}" if options.ckpt else "")
-        name_of_model = common.model_name(ckpt)
-        print(f"[no skip settings for {name_of_model}, so nothing is skipped: {command} makes them]", file=sys.stderr)
+        command = f"python calibrate.py --ckpt {options.ckpt}" if options.ckpt else "python calibrate.py"
+        show.note(f"[no skip settings for {common.model_name(ckpt)}, so nothing is skipped: {command} makes them]")
     fitted = policies.find_fitted(options, ckpt)
     skip, warm_up_index, seed = options.skip, options.warm_up_index, options.seed
     policy = policies.find_policy(name, model, settings, skip, warm_up_index, seed=seed, fitted=fitted)
@@ -304,60 +192,45 @@ def choose_policy(options, ckpt, model):
     return name, policy, {} if name == "dense" else dict(skip=options.skip)
 
 
+def start(options, model, tokenizer, name, policy, prompts, cache=None):
+    """The Generation of a policy on prompts, lists of ids, that the command line asks for; nothing has run yet."""
+    trace = Trace(cosines=options.trace is not None)
+    loop = generate_batch(
+        model, prompts, options.max_new_tokens, policy, options.temperature, options.top_p, options.seed,
+        tokenizer.eos_ids, 0 if options.skip_prompt else None, trace, cache,
+    )  # fmt: skip
+    planned = None if policy is dense else options.skip
+    return show.Generation(name, policy, model, tokenizer, prompts, loop, trace, planned, cache)
+
+
 def main(argv=None):
     options = parse_args(argv)
     common.check_outputs(options.trace)
-    prompts = read_prompts(options)
+    prompts = [read_prompt(number, prompt) for number, prompt in enumerate(options.prompt, start=1)]
     ckpt = common.find_checkpoint(options.ckpt)
     tokenizer, model = load(ckpt, common.find_device(options.device), options.dtype)
+    name, policy, settings = choose_policy(options, ckpt, model)
+    begin = functools.partial(start, options, model, tokenizer)
     if options.chat and not prompts:
-        choose = functools.partial(choose_policy, ckpt=ckpt, model=model)
-        return converse(options, ckpt, tokenizer, model, choose, Generation)
+        title = f"{common.model_name(ckpt)}, {name}"
+        return converse(model, tokenizer, options, title, functools.partial(begin, name, policy))
     chat = options.chat or (not prompts and options.ckpt is None)
     prompts = prompts or [QUESTION]
     if chat:
-        before = first_messages(options)
-        ids = [tokenizer.chat([*before, dict(role="user", content=prompt)]) for prompt in prompts]
+        ids = [tokenizer.chat(show.messages(options.system, prompt)) for prompt in prompts]
     else:
         ids = [tokenizer.encode(prompt) for prompt in prompts]
-    name, policy, settings = choose_policy(options, ckpt, model)
-    generations = [Generation(name, policy, model, tokenizer, ids, options)]
+    generations = [begin(name, policy, ids)]
     if options.compare:
-        if policy is dense:
-            raise ValueError("--compare needs a policy to compare with: --policy NAME, or settings from calibrate.py")
-        generations.insert(0, Generation("dense", dense, model, tokenizer, ids, options))
+        generations.insert(0, begin("dense", dense, ids))
 
-    colour = options.show_skips and sys.stdout.isatty()
-    as_written = not options.json and not colour and len(ids) == 1
     steps = range(options.max_new_tokens)
-    if as_written:
-        finished = write(generations, screen(generations), steps)
+    if options.json or len(prompts) > 1:
+        finished = show.write(generations, nullcontext(lambda: None), common.progress(steps, "writing"))
     else:
-        finished = write(generations, nullcontext(lambda: None), common.progress(steps, "writing"))
-    if parallel.rank > 0:
-        return 0  # the first process tells what they have done together
-    reports = [generation.report() for generation in generations]
-    extra = comparison(generations, reports, model) if options.compare else {}
-    if options.trace:
-        if options.trace.endswith((".html", ".htm")):
-            write_page(options.trace, generations, prompts)
-        else:
-            write_trace(options.trace, generations[-1])
-        print(f"[trace written to {options.trace}]", file=sys.stderr)
-    if options.json:
-        used = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_p", "seed")}
-        weight = model.tok_embeddings.weight
-        used |= dict(ckpt=str(ckpt), device=str(weight.device), dtype=str(weight.dtype).removeprefix("torch."))
-        report = reports[-1] | dict(settings=used | dict(skip=settings))
-        if options.compare:
-            report |= dict(dense=reports[0], **extra)
-        print(common.to_json(report))
-    elif not as_written:
-        print_texts(generations, prompts, colour)
-    for report in reports:
-        print(summary(report), file=sys.stderr)
-    if extra:
-        print(comparison_summary(extra), file=sys.stderr)
+        finished = show.write(generations, show.screen(generations), steps)
+    if parallel.rank == 0:  # the first process tells what they have done together
+        show.tell(generations, prompts, options, dict(ckpt=str(ckpt), skip=settings))
     return 0 if finished else 130
 
 

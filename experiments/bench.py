@@ -57,7 +57,7 @@ from policies.standins import PARTS, StandIns, ready
 from support import common
 from support.cache import rewind
 from fast import parallel
-from generate import peak_memory
+from support.common import peak_memory
 from fast import accelerate
 from fast.graphs import add_graphs
 from fast.one_row import way_of_one

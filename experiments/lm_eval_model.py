@@ -20,7 +20,8 @@ import evaluate
 from tasks import TASKS, count_blocks, means, ratios
 
 from support import common
-from generate import check_finite, generate
+from generate import generate
+from support.common import check_finite
 from support.measuring import cut
 from support.tracing import Trace
 

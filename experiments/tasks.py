@@ -28,7 +28,8 @@ from table import add_record, columns, read_records
 
 from support.cache import fork
 from support.common import first_difference, progress
-from generate import check_finite, generate, sample
+from generate import generate_batch, sample
+from support.common import check_finite
 from support.measuring import as_tokens, compare_with_dense, cut
 from model import KVCache, dense
 from support.tracing import Trace
@@ -311,7 +312,7 @@ def write_texts(model, tokenizer, policy, prompts, context, stop=True):
     for batch in progress(cut(by_length, context.batch_size), context.label):
         trace = Trace()
         rows = [prompts[i][-max(1, model.args.max_seq_len - room) :] for i in batch]
-        columns = list(generate(model, rows, room, policy, eos_ids=stops, trace=trace))
+        columns = list(generate_batch(model, rows, room, policy, eos_ids=stops, trace=trace))
         ran, token_index = trace.ran, trace.token_index  # (layer, batch, token), (batch, token)
         for row, i in enumerate(batch):
             ids = [column[row] for column in columns if column[row] is not None and column[row] not in stops]

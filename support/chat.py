@@ -6,22 +6,15 @@ the cache is rewound to what it shares with that, and only the rest is forwarded
 its policy has written them.
 """
 
-import argparse
-import math
 import sys
 
-from support.cache import fork, rewind
-from support.common import describe_error, first_difference, model_name
-from model import KVCache
 from fast.processes import from_first
-from support.show import screen, summary, write
+from model import KVCache
+from support.cache import fork, rewind
+from support.common import first_difference
+from support.show import messages, note, screen, summary, write
 
-COMMANDS = "/reset begins anew, /policy NAME [R] takes another policy, Ctrl-C stops an answer, Ctrl-D ends"
-
-
-def first_messages(options):
-    """What stands in a chat before the user's first message."""
-    return [] if options.system is None else [dict(role="system", content=options.system)]
+COMMANDS = "/reset begins anew, Ctrl-C stops an answer, Ctrl-D ends"
 
 
 class Conversation:
@@ -37,9 +30,9 @@ class Conversation:
 
     def reset(self):
         """Forget all but what --system says."""
-        self.messages = first_messages(self.options)
+        self.messages = messages(self.options.system)
 
-    def answer(self, text, name, policy):
+    def answer(self, text):
         """Stream the answer to a message, and sum it up. Nothing is said if the conversation fills the context."""
         limit, n_new = self.model.args.max_seq_len, self.options.max_new_tokens
         full = f"[the conversation fills the model's context of {limit} tokens: /reset begins another]"
@@ -49,7 +42,7 @@ class Conversation:
             note(full)
             return
         self.make_room(ids, min(len(ids) + n_new, limit))
-        generation = self.start(name, policy, self.model, self.tokenizer, [ids], self.options, self.cache)
+        generation = self.start([ids], self.cache)
         if not write([generation], screen([generation]), range(n_new)):
             # The pass that was interrupted may have written beyond `length`.
             length, self.cache.length = self.cache.length, self.cache.max_seq_len
@@ -68,10 +61,6 @@ class Conversation:
             self.cache = fork(self.cache, 1, min(2 * room, self.model.args.max_seq_len))
 
 
-def note(line):
-    print(line, file=sys.stderr)
-
-
 def read_line():
     """The next line of standard input, after a prompt on a terminal; shown where nobody has typed it."""
     if sys.stdin.isatty() and sys.stdout.isatty():
@@ -81,39 +70,18 @@ def read_line():
     return line
 
 
-def change_policy(words, options, choose):
-    """What choose(options) returns for the words NAME [R] after /policy. Raises what it raises."""
-    if len(words) not in (1, 2):
-        raise ValueError("expected /policy NAME [R], R being the share of feed-forward blocks to skip")
-    name, skip = words[0], None
-    if len(words) > 1:
-        try:
-            skip = float(words[1])
-        except ValueError:
-            skip = math.nan
-        if not 0 <= skip < 1:
-            raise ValueError(f"/policy {name} {words[1]}: expected a share of at least 0 and below 1, such as 0.1")
-    elif name not in ("dense", "ffnskip"):
-        raise ValueError(f"expected /policy {name} R, R being the share of feed-forward blocks to skip")
-    changed = dict(vars(options), policy=name, skip=skip)
-    if name == "dense":
-        changed["warm_up_index"] = None
-    return argparse.Namespace(**changed), choose(argparse.Namespace(**changed))
-
-
-def converse(options, ckpt, tokenizer, model, choose, start):
+def converse(model, tokenizer, options, title, start):
     """
-    Answer line by line of standard input, until it ends; the exit status. choose(options) gives a policy's name, it and
-    its settings; start(name, policy, model, ...) a generate.Generation.
+    Answer line by line of standard input, until it ends; the exit status. start(prompts, cache) gives a
+    show.Generation.
     """
     try:
         import readline  # noqa: F401, so that input() has a history and the arrow keys
     except ImportError:  # Windows
         pass
-    name, policy, _ = choose(options)
-    tokenizer.chat([*first_messages(options), dict(role="user", content="")])  # where it cannot, it says so now
+    tokenizer.chat(messages(options.system, ""))  # where it cannot, it says so now
     conversation = Conversation(model, tokenizer, options, start)
-    note(f"[{model_name(ckpt)}, {name}: {COMMANDS}]")
+    note(f"[{title}: {COMMANDS}]")
     while True:
         try:
             line = from_first(read_line)
@@ -126,16 +94,10 @@ def converse(options, ckpt, tokenizer, model, choose, start):
         except UnicodeDecodeError:
             note("[not UTF-8 text]")
             continue
-        command, *words = line.split() or [""]
+        command = line.strip()
         if command == "/reset":
             conversation.reset()
-        elif command == "/policy":
-            try:
-                conversation.options, (name, policy, _) = change_policy(words, options, choose)
-                note(f"[policy {' '.join(words)}]")
-            except Exception as error:  # also of somebody's own policy
-                note(f"error: {describe_error(error)}")
         elif command.startswith("/"):
-            note(f"[no command {command}: {COMMANDS}]")
+            note(f"[no command {command.split()[0]}: {COMMANDS}]")
         elif command:
-            conversation.answer(line, name, policy)
+            conversation.answer(line)

@@ -307,3 +307,15 @@ def check_ids(model, *texts):
     for ids in texts:
         if ids and max(ids) >= rows:
             raise ValueError(f"token {max(ids)} of the tokenizer has no row in tok_embeddings ({rows} rows)")
+
+
+def peak_memory(device):
+    """Bytes: of the device's allocator on CUDA, of the whole process elsewhere; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,6 +1,6 @@
 """
-What generate.py shows: text as it grows, two texts side by side or below each other, shaded; a line that sums up; a bar
-of layers; a trace as CSV.
+What generate.py shows: a Generation, which is one policy at work; text as it grows, two texts side by side or below each
+other; lines that sum up; a picture of what was skipped; the JSON; a trace as CSV; a bar of layers.
 """
 
 import csv
@@ -10,8 +10,22 @@ import time
 from contextlib import contextmanager
 from os.path import commonprefix
 
+import torch
+
+from support import common
+
 REDRAWS = 10  # per second, at most
 PATIENCE = 1  # seconds of the prompt's pass without a bar
+
+
+def note(line):
+    print(line, file=sys.stderr)
+
+
+def messages(system, *prompts):
+    """The messages of a chat template: what --system says, if anything, and the user's prompts."""
+    found = [] if system is None else [dict(role="system", content=system)]
+    return found + [dict(role="user", content=prompt) for prompt in prompts]
 
 
 class TextStream:
@@ -35,6 +49,77 @@ class TextStream:
             return ""
         self.start, self.read = self.read, len(self.ids)
         return text[len(before) :]
+
+
+class Generation:
+    """
+    One policy at work on all prompts (lists of ids): what it has written so far, and how long that took. `loop` is
+    generate.generate_batch() with this trace and cache; `planned` is the ratio that was asked for.
+    """
+
+    def __init__(self, name, policy, model, tokenizer, prompts, loop, trace, planned=None, cache=None):
+        self.name, self.policy, self.model, self.tokenizer, self.prompts = name, policy, model, tokenizer, prompts
+        self.loop, self.trace, self.planned, self.times = loop, trace, planned, []
+        self.held = 0 if cache is None else cache.length  # tokens of a prompt that are not forwarded
+        self.ids = [[] for _ in prompts]
+        self.pieces = [[] for _ in prompts]  # the text of each token
+        self.streams = [TextStream(tokenizer, prompt) for prompt in prompts]
+
+    def advance(self):
+        """One more token for every row; False when there is none."""
+        begin = time.perf_counter()
+        if self.times:
+            ids = next(self.loop, None)
+        else:
+            with layer_bar(self.model, "reading the prompt"):
+                ids = next(self.loop, None)
+        if ids is None:
+            return False
+        self.times.append(time.perf_counter() - begin)
+        for row, token in enumerate(ids):
+            if token is not None:
+                self.ids[row].append(token)
+                piece = "" if token in self.tokenizer.eos_ids else self.streams[row].add(token)
+                self.pieces[row].append(piece)
+        return True
+
+    def finish(self):
+        """Add the text that was held back, waiting for the rest of a character."""
+        for pieces, stream in zip(self.pieces, self.streams):
+            pieces.append(stream.rest())
+
+    def text(self, row=0):
+        return "".join(self.pieces[row])
+
+    def decode_speed(self):
+        """Tokens per second over all rows, without the first, which is the prefill's; None if there is no other."""
+        decode = sum(self.times[1:])
+        return sum(max(len(ids) - 1, 0) for ids in self.ids) / decode if decode else None
+
+    def skipped(self):
+        """The ffn_saved_ratio so far of one text: quicker than the trace's, to be asked for again and again."""
+        passes = self.trace.passes[1:]  # over one token each, in which only blocks that ran are recorded
+        blocks = sum(one.n_layers for one in passes)
+        return 1 - sum(len(one.ran) for one in passes) / blocks if blocks else 0.0
+
+    def report(self):
+        """What --json prints: lists over the prompts where there are several."""
+        n_prompt = [len(prompt) for prompt in self.prompts]
+        n_new = [len(ids) for ids in self.ids]
+        text = [self.text(row) for row in range(len(self.prompts))]
+        report = dict(text=text, prompt_tokens=n_prompt, new_tokens=n_new, token_ids=self.ids)
+        if len(self.prompts) == 1:
+            report = {key: value[0] for key, value in report.items()}
+        prefill, read = sum(self.times[:1]), sum(n_prompt) - self.held * len(n_prompt)
+        return report | dict(
+            prefill_tokens_per_s=read / prefill if prefill else None,
+            decode_tokens_per_s=self.decode_speed(),
+            ffn_skip_ratio=self.trace.ffn_skip_ratio(getattr(self.policy, "warm_up_index", -1)),
+            ffn_saved_ratio=self.trace.ffn_saved_ratio(),
+            planned_skip_ratio=self.planned,
+            peak_memory_bytes=common.peak_memory(self.model.tok_embeddings.weight.device),
+            policy=self.name,
+        )
 
 
 def write(generations, screen, steps):
@@ -161,18 +246,36 @@ def number(value, form="{:.1f}"):
 
 
 def summary(report):
-    """One line for people."""
+    """One line for people, which fits 100 columns."""
     tokens = report["new_tokens"] if isinstance(report["new_tokens"], int) else sum(report["new_tokens"])
-    gigabytes = report["peak_memory_bytes"] and report["peak_memory_bytes"] / 1e9
-    skipped = f"FFN blocks skipped past the warm-up {number(report['ffn_skip_ratio'], '{:.1%}')}"
-    if report["ffn_skip_ratio"] is None:
-        skipped += " (no token is past it)"
-    if report["planned_skip_ratio"] is not None:
-        skipped += f" (planned {report['planned_skip_ratio']:.1%})"
-    return (
-        f"[{report['policy']}: {tokens} tokens; prefill {number(report['prefill_tokens_per_s'])} tokens/s, "
-        f"decode {number(report['decode_tokens_per_s'])} tokens/s; {skipped}, of all tokens "
-        f"{number(report['ffn_saved_ratio'], '{:.1%}')}; peak memory {number(gigabytes, '{:.2f} GB')}]"
+    line = f"{report['policy']}: {tokens} tokens, {number(report['decode_tokens_per_s'])} tokens/s"
+    skipped, saved = report["ffn_skip_ratio"], number(report["ffn_saved_ratio"], "{:.1%}")
+    if skipped == 0:
+        return f"[{line}]"
+    if skipped is None:
+        return f"[{line}, no FFN block skipped: no token is past the warm-up]"
+    planned = number(report["planned_skip_ratio"], " (planned {:.1%})").removeprefix("-")
+    return f"[{line}, FFN blocks skipped {skipped:.1%}{planned}, in all {saved}]"
+
+
+def speedup_bound(model, saved):
+    """The most that decoding can be faster than dense, if it is bound by reading weights: bytes / bytes left."""
+    weights = common.weight_bytes(model)
+    read = sum(weights.values())
+    return read / (read - saved * weights["feed_forward"])
+
+
+def comparison(generations, reports):
+    """What --compare adds to the JSON, dense first; first_difference is None where both texts are the same."""
+    differences = []
+    for a, b in zip(generations[0].ids, generations[1].ids):
+        differences.append(None if a == b else common.first_difference(a, b))
+    dense_report, report = reports
+    speed, dense_speed = report["decode_tokens_per_s"], dense_report["decode_tokens_per_s"]
+    return dict(
+        first_difference=differences if len(differences) > 1 else differences[0],
+        speedup=speed / dense_speed if speed and dense_speed else None,
+        speedup_bound=speedup_bound(generations[0].model, report["ffn_saved_ratio"] or 0.0),
     )
 
 
@@ -182,22 +285,87 @@ def comparison_summary(extra):
         differences = [differences]
     where = ", ".join("none" if token is None else f"at token {token}" for token in differences)
     speed = number(extra["speedup"], "{:.2f}x the speed of dense")
-    return f"[first difference: {where}; decoding {speed}, {extra['speedup_bound']:.2f}x by the bytes not read]"
+    line = f"[first difference: {where}; decoding {speed}, {extra['speedup_bound']:.2f}x by the bytes not read]"
+    if extra["speedup"] and extra["speedup"] < 1.01 < extra["speedup_bound"]:
+        line += "\n[monitoring costs what skipping saves here]"
+    return line
 
 
-def print_texts(generations, prompts, colour):
+def blocks_picture(ran, columns=96):
+    """
+    Lines of a picture of ran, (layer, token) bool, the last layer at the top: a dot is a feed-forward block that was
+    skipped. A character of Braille has 2 x 4 dots, so that 30 layers of 192 tokens take 8 lines of 96 columns.
+    """
+    dots = [[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]]  # of a character, from the top; U+2800 has none
+    skipped = (~ran.flip(0)[:, : 2 * columns]).tolist()
+    for top in range(0, len(skipped), 4):
+        line = []
+        for left in range(0, len(skipped[0]), 2):
+            bits = 0
+            for y, row in enumerate(skipped[top : top + 4]):
+                for x, skips in enumerate(row[left : left + 2]):
+                    bits += dots[y][x] * skips
+            line.append(chr(0x2800 + bits))
+        yield "".join(line)
+
+
+def show_blocks(generation):
+    """Print what was skipped of one text, as far as it fits a line."""
+    trace = generation.trace
+    ran = trace.ran[:, 0, trace.token_index[0] >= 0]  # (layer, generated token)
+    if ran.all():
+        return
+    n_layers, n_tokens = ran.shape
+    note(f"[skipped FFN blocks: layers {n_layers - 1} to 0 from top to bottom, tokens from left to right]")
+    for line in blocks_picture(ran):
+        note(line)
+
+
+def tell(generations, prompts, options, settings):
+    """What is told when all is written: JSON or the texts that were not streamed, the trace, the lines that sum up."""
+    reports = [generation.report() for generation in generations]
+    extra = comparison(generations, reports) if options.compare else {}
+    if options.trace:
+        write_trace(options.trace, generations, prompts)
+        note(f"[trace written to {options.trace}]")
+    if options.json:
+        used = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_p", "seed")}
+        weight = generations[0].model.tok_embeddings.weight
+        used |= dict(device=str(weight.device), dtype=str(weight.dtype).removeprefix("torch."))
+        report = reports[-1] | dict(settings=used | settings)
+        if options.compare:
+            report |= dict(dense=reports[0], **extra)
+        print(common.to_json(report))
+    elif len(prompts) > 1:
+        print_texts(generations, prompts)
+    if options.compare and len(prompts) == 1 and not options.json:
+        show_blocks(generations[-1])
+    for report in reports:
+        note(summary(report))
+    if extra:
+        note(comparison_summary(extra))
+
+
+def print_texts(generations, prompts):
     for row, prompt in enumerate(prompts):
-        if len(prompts) > 1:
-            print(f"> {prompt}")
+        print(f"> {prompt}")
         for generation in generations:
             if len(generations) > 1:
                 print(f"[{generation.name}]")
-            print(shaded(generation, row) if colour else generation.text(row))
-            if len(prompts) > 1 or len(generations) > 1:
-                print()
+            print(f"{generation.text(row)}\n")
 
 
-def write_trace(path, generation):
+def write_trace(path, generations, prompts):
+    """The runs as a page for the browser, if the file's name ends in .html; else the last one as CSV."""
+    if path.endswith((".html", ".htm")):
+        from support.trace_page import write_page
+
+        write_page(path, generations, prompts)
+    else:
+        write_csv(path, generations[-1])
+
+
+def write_csv(path, generation):
     """The trace as CSV, one row per token: for each layer the cosine where it was measured, else "run" or "skip"."""
     trace, prompts, decode = generation.trace, generation.prompts, generation.tokenizer.decode
     ran, cosine, token_index = trace.ran, trace.cosine, trace.token_index
@@ -215,19 +383,3 @@ def write_trace(path, generation):
                         cells[layer] = f"{value:.4f}"
                 text = decode([token]).replace("\n", "\\n")
                 out.writerow([row, token_index[row, column].item(), token, text, cells.count("skip"), *cells])
-
-
-def shaded(generation, row):
-    """The text of a row for a terminal of 256 colours, a token the bluer, the more of its FFN blocks were skipped."""
-    ran = generation.trace.ran[:, row, max(map(len, generation.prompts)) :]  # (layer, new token)
-    skipped = (~ran).sum(0).tolist() + [0, 0]  # the last token was not forwarded; after it comes the rest of the text
-    most = max(skipped)
-    text = ""
-    for piece, n in zip(generation.pieces[row], skipped):
-        if n and piece.strip():
-            colour = 16 + (5 * n + most - 1) // most  # the palette's blues, 17 to 21
-            piece = f"\x1b[48;5;{colour}m\x1b[38;5;231m{piece}\x1b[0m"
-        text += piece
-    if not most:
-        return text
-    return text + f"\n[shade: FFN blocks skipped for the token, 1 to {most} of {len(ran)}]"

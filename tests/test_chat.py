@@ -1,17 +1,20 @@
 """chat.py: a conversation says what fresh runs over the whole of it would say, and survives what its user types."""
 
 import io
-from functools import partial
 import os
 import pty
 import subprocess
+from functools import partial
 
 import pytest
 from test_golden import GOLDEN
 from tiny import Bytes, start, tiny_model
 
 from support import chat
-from generate import Generation, choose_policy, generate, parse_args
+from support.show import Generation
+from generate import generate, parse_args
+from generate import start as begin
+from model import dense
 
 CKPT = GOLDEN / "hf-gqa"
 FLAGS = ["--chat", "--max-new-tokens", "6", "--policy", "dense"]
@@ -24,7 +27,9 @@ def talk(monkeypatch, capsys, model):
     def call(lines, *flags, model=model):
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         capsys.readouterr()
-        assert chat.converse(parse_args([*FLAGS, *flags]), CKPT, Bytes(), model, partial(choose_policy, ckpt=CKPT, model=model), Generation) == 0
+        options = parse_args([*FLAGS, *flags])
+        answers = partial(begin, options, model, Bytes(), "dense", dense)
+        assert chat.converse(model, Bytes(), options, "tiny, dense", answers) == 0
         return capsys.readouterr()
 
     return call
@@ -73,16 +78,9 @@ def test_a_reset_forgets_all_but_the_system_text(talk, model):
     assert said.out == f"{once}> /reset\n{once}\n" and once != fresh(model, ["hello"])
 
 
-def test_a_policy_is_changed_on_the_way_and_a_mistake_changes_nothing(talk):
-    mistakes = "/policy", "/policy nosuch 0.1", "/policy static", "/policy static x", "/policy static 1", "/what"
-    said = talk(["/policy static 0.25", *mistakes, "hello", "/policy dense", "hello"], "--max-new-tokens", "40")
-    lines = said.err.splitlines()[1:]
-    assert lines[0] == "[policy static 0.25]" and lines[6].startswith("[no command /what: /reset ")
-    assert all(line.startswith("error: ") for line in lines[1:6])
-    assert lines[3] == "error: expected /policy static R, R being the share of feed-forward blocks to skip"
-    assert lines[4].startswith("error: /policy static x: expected a share")
-    assert lines[7].startswith("[static: 40 tokens") and "(planned 25.0%)" in lines[7]
-    assert lines[8] == "[policy dense]" and lines[9].startswith("[dense: 40 tokens") and len(lines) == 10
+def test_an_unknown_command_is_named_and_says_nothing_to_the_model(talk):
+    said = talk(["/what now", "hello"])
+    assert said.err.splitlines()[1] == f"[no command /what: {chat.COMMANDS}]" and said.err.count("[dense: 6 tokens") == 1
 
 
 def test_a_full_context_is_one_line_that_names_reset(talk):
@@ -121,14 +119,16 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(talk, model, monkeypa
 
 def test_a_pass_that_was_interrupted_leaves_nothing_in_the_cache(model):
     """A policy that writes only some entries would otherwise keep those of the pass before it."""
-    conversation = chat.Conversation(model, Bytes(), parse_args(FLAGS), Generation)
+    options = parse_args(FLAGS)
 
     def interrupted(layers, x, step):
         for layer in layers[:3]:
             x = layer(x, step)
         raise KeyboardInterrupt
 
-    conversation.answer("hello", "mine", interrupted)
+    answers = partial(begin, options, model, Bytes(), "mine", interrupted)
+    conversation = chat.Conversation(model, Bytes(), options, answers)
+    conversation.answer("hello")
     assert conversation.cache.length == 0 and conversation.messages == conversation.held == []
     assert not conversation.cache.written.any() and not conversation.cache.k.any() and not conversation.cache.v.any()
 
@@ -148,7 +148,7 @@ def test_on_a_terminal_it_asks_and_ends_with_ctrl_d():
 
 
 def test_flags_that_do_not_fit_are_one_line(capsys):
-    for flags, message in (["--system", "x", "y"], "--system is for --chat"), (["--chat", "--json"], "--json needs a"):
+    for flags, message in (["--system", "x", "y"], "--system is for --chat"), (["--chat", "--json"], "need a prompt"):
         with pytest.raises(SystemExit):
             parse_args(flags)
         assert message in capsys.readouterr().err

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from tiny import Bytes, Words, models, new_cache, random_ids, tiny_model
 
 from support.cache import rewind
-from generate import TextStream, generate, sample, speedup_bound
+from generate import generate, generate_batch, sample
 from model import KVCache, ModelArgs, Transformer, dense
 from skip import FFNSkip
+from support.show import TextStream, speedup_bound
 from support.tracing import Trace
 
 
@@ -36,7 +37,7 @@ def test_each_prompt_of_a_batch_continues_as_it_does_alone():
     model, prompts, eos_ids = uneven(policy)
     alone = [list(generate(model, prompt, 12, policy, eos_ids=eos_ids)) for prompt in prompts]
     assert len({len(ids) for ids in alone}) > 1  # else the test shows nothing
-    steps = list(generate(model, prompts, 12, policy, eos_ids=eos_ids))
+    steps = list(generate_batch(model, prompts, 12, policy, eos_ids=eos_ids))
     for row, ids in enumerate(alone):
         assert [step[row] for step in steps] == ids + [None] * (len(steps) - len(ids))
 
@@ -45,7 +46,7 @@ def test_what_is_forwarded_after_the_end_of_a_row_counts_in_no_ratio():
     """ffn_saved_ratio is over the n - 1 tokens that are forwarded of a text of n, for each row."""
     policy, trace = FFNSkip(0, 4, -math.inf, warm_up_index=-1), Trace()
     model, prompts, eos_ids = uneven(policy)
-    steps = list(generate(model, prompts, 12, policy, eos_ids=eos_ids, trace=trace))
+    steps = list(generate_batch(model, prompts, 12, policy, eos_ids=eos_ids, trace=trace))
     lengths = [sum(step[row] is not None for step in steps) for row in range(3)]
     assert (trace.token_index >= 0).sum(1).tolist() == [n - 1 for n in lengths]
     assert trace.ffn_saved_ratio() == pytest.approx(3 / 4)  # all but layer 0, whose similarity is looked at
@@ -102,11 +103,14 @@ def test_a_cache_that_leaves_nothing_to_forward_is_an_error_and_a_small_one_ends
 
 
 @pytest.mark.parametrize(
-    "prompt, message", [([], "empty"), ([[1], []], "empty"), ([1] * 65, "65 tokens.*max_seq_len 64")]
+    "prompts, message", [([[]], "empty"), ([[1], []], "empty"), ([[1] * 65], "65 tokens.*max_seq_len 64")]
 )
-def test_a_prompt_that_cannot_be_continued_is_an_error(prompt, message):
+def test_a_prompt_that_cannot_be_continued_is_an_error(prompts, message):
     with pytest.raises(ValueError, match=message):
-        next(generate(tiny_model(), prompt, 5))
+        next(generate_batch(tiny_model(), prompts, 5))
+    if len(prompts) == 1:
+        with pytest.raises(ValueError, match=message):
+            next(generate(tiny_model(), prompts[0], 5))
 
 
 def test_the_output_head_runs_once_a_token():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_golden import GOLDEN
 from tiny import Bytes, random_ids, tiny_model
 
-from generate import generate, written_windows
+from generate import generate_batch, written_windows
 from load_weights import load_tokenizer
 from support.measuring import (
     bring_to,
@@ -73,7 +73,7 @@ def test_windows_of_text_begin_as_the_tokenizer_begins_a_text():
 def test_windows_that_the_model_writes_are_its_prompts_and_what_it_drew():
     model, prompts = tiny_model(), [[1, 2, 3], [4]]
     windows = written_windows(model, prompts, n_new=8, seed=5)
-    steps = list(generate(model, prompts, 8, temperature=1.0, seed=5))
+    steps = list(generate_batch(model, prompts, 8, temperature=1.0, seed=5))
     for row, (ids, prompt_len) in enumerate(windows):
         assert ids == prompts[row] + [step[row] for step in steps] and prompt_len == len(prompts[row])
     assert windows == written_windows(model, prompts, 8, seed=5) != written_windows(model, prompts, 8, seed=6)

@@ -14,11 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_golden import GOLDEN
 from tiny import Bytes, random_ids, start
 
 from support import show
-from generate import Generation, main, parse_args
+from generate import main, parse_args
+from generate import start as begin
 from model import dense
 from skip import FFNSkip
 
@@ -83,7 +86,7 @@ def test_on_a_terminal_both_texts_are_live_columns_after_a_bar(capsys):
     last = re.sub(r"\x1b\[[\d;]*m", "", tables[-1])
     assert len(last.split("\r\n")[0]) == 78  # and its left corner: two columns alike
     assert re.search(r"dense +┃ ffnskip", last) and len(re.findall(r"[\d.]+ tokens/s, [\d.]+% skipped", last)) == 2
-    assert "[ffnskip: 30 tokens; " in last and "[first difference: " in last
+    assert "[ffnskip: 30 tokens, " in last and "[first difference: " in last
     assert main(["--ckpt", CKPT, *args]) == 0
     texts = re.fullmatch(r"\[dense\]\n(.*)\n\n\[ffnskip\]\n(.*)\n", capsys.readouterr().out, re.DOTALL).groups()
     rows = [line.split("│")[1:3] for line in last.split("\r\n") if line.startswith("│")]
@@ -109,13 +112,38 @@ def test_a_table_keeps_the_last_lines_that_fit():
 
 
 def test_the_live_share_and_speed_are_those_of_the_report(model):
-    generation = Generation("ffnskip", FFNSkip(0, 6, 0.7, 3), model, Bytes(), [random_ids(5)], parse_args(["x"]))
+    generation = begin(parse_args(["x"]), model, Bytes(), "ffnskip", FFNSkip(0, 6, 0.7, 3), [random_ids(5)])
     assert generation.skipped() == 0 and generation.decode_speed() is None
     for _ in range(12):
         generation.advance()
     report = generation.report()
     assert generation.skipped() == pytest.approx(report["ffn_saved_ratio"]) and report["ffn_saved_ratio"] > 0
     assert generation.decode_speed() == report["decode_tokens_per_s"] == 11 / sum(generation.times[1:])
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.randoms(use_true_random=False))
+def test_the_picture_has_a_dot_per_block_that_was_skipped_and_fits_its_columns(n_layers, n_tokens, random):
+    ran = torch.tensor([[random.random() < 0.5 for _ in range(n_tokens)] for _ in range(n_layers)])
+    lines = list(show.blocks_picture(ran, columns=3))
+    assert len(lines) == -(-n_layers // 4) and {len(line) for line in lines} == {min(3, -(-n_tokens // 2))}
+    bit = {(0, 0): 0, (1, 0): 1, (2, 0): 2, (0, 1): 3, (1, 1): 4, (2, 1): 5, (3, 0): 6, (3, 1): 7}  # Unicode's numbering
+    for layer in range(n_layers):
+        for token in range(min(n_tokens, 6)):
+            from_top = n_layers - 1 - layer
+            char = ord(lines[from_top // 4][token // 2]) - 0x2800
+            assert (char >> bit[from_top % 4, token % 2] & 1) == (not ran[layer, token])
+
+
+@pytest.mark.parametrize("skipped, planned", [(0.0, None), (None, None), (0.101, 0.1), (0.101, None)])
+def test_the_lines_that_sum_up_fit_a_hundred_columns(skipped, planned):
+    report = dict(policy="checkerboard", new_tokens=2048, decode_tokens_per_s=123.4, ffn_skip_ratio=skipped,
+                  ffn_saved_ratio=0.0 if not skipped else 0.0912, planned_skip_ratio=planned)  # fmt: skip
+    line = show.summary(report)
+    assert len(line) <= 100 and line.startswith("[checkerboard: 2048 tokens, 123.4 tokens/s")
+    assert ("skipped 10.1%" in line) == bool(skipped) and ("(planned 10.0%)" in line) == bool(planned)
+    for speedup in 0.99, 1.2:
+        lines = show.comparison_summary(dict(first_difference=1049, speedup=speedup, speedup_bound=1.19)).split("\n")
+        assert max(map(len, lines)) <= 100 and len(lines) == 1 + (speedup < 1)
 
 
 def test_a_long_prompt_has_a_bar_of_layers_which_changes_nothing(model, monkeypatch):
@@ -143,5 +171,5 @@ def test_what_is_drawn_is_not_timed(model, monkeypatch):
     def draw():
         clock[0] += 100
 
-    generation = Generation("dense", policy, model, Bytes(), [random_ids(5)], parse_args(["x"]))
+    generation = begin(parse_args(["x"]), model, Bytes(), "dense", policy, [random_ids(5)])
     assert show.write([generation], nullcontext(draw), range(4)) and generation.times == [1, 1, 1, 1]

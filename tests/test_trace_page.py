@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import Bytes, tiny_model
 
-from generate import Generation, parse_args
+from generate import parse_args, start
 from model import dense
 from policies import find_policy
 from skip import FFNSkip
@@ -43,7 +43,7 @@ def generations(model, *policies, prompts=PROMPTS, arguments=("--max-new-tokens"
     done = []
     for policy in policies:
         ids = [tokenizer.encode(prompt) for prompt in prompts]
-        done.append(Generation(type(policy).__name__, policy, model, tokenizer, ids, options))
+        done.append(start(options, model, tokenizer, type(policy).__name__, policy, ids))
         while done[-1].advance():
             pass
         done[-1].finish()
