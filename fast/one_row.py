@@ -134,7 +134,10 @@ class Layer:
         return h + self.add_up(out)
 
     def add_up(self, out):
-        return parallel.add_up(None, None, out) if parallel.size > 1 else out
+        """The output of a block; of several processes, summed over them, which a hook does for model.py's layers."""
+        if parallel.size > 1:
+            parallel.add_up(None, None, out)
+        return out
 
     def cosine(self, h, temp):
         if h.numel() != h.size(-1):
