@@ -163,10 +163,11 @@ def parse_args(argv):
 
 def read_prompt(number, prompt):
     """The text of prompt `number` on the command line; "-" is standard input. Raises ValueError."""
+    text = prompt
     try:
         if prompt == "-":
-            prompt = from_first(sys.stdin.read).removesuffix("\n").removeprefix("\ufeff")
-        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+            text = from_first(sys.stdin.read).removesuffix("\n").removeprefix("\ufeff")
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError:
         raise ValueError(f"prompt {number}, {prompt!r}: not UTF-8 text") from None
 
