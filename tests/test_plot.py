@@ -157,9 +157,9 @@ def test_summaries_have_a_dense_score_in_each_row_and_the_mean_of_their_criteria
     assert printed(capsys, tmp_path / "judged.csv", "lost")[2:] == [f"| ffnskip | {expected} |"]
 
 
-def test_the_readme_shows_all_that_is_printed_of_the_authors_logs(capsys, monkeypatch):
+def test_the_results_show_all_that_is_printed_of_the_authors_logs(capsys, monkeypatch):
     monkeypatch.chdir(plot.ROOT)
-    page = (plot.ROOT / "experiments" / "README.md").read_text()
+    page = (plot.ROOT / "docs" / "results.md").read_text()
     found = re.findall(r"`python experiments/plot.py (\S*/authors_logs/\S+) (\w+)`[^|]*\n\n((?:\|.*\n)+)", page)
     assert len(found) > 3
     for path, column, lines in found:
