@@ -315,10 +315,9 @@ def show_blocks(generation):
     ran = trace.ran[:, 0, trace.token_index[0] >= 0]  # (layer, generated token)
     if ran.all():
         return
-    n_layers, n_tokens = ran.shape
-    note(f"[skipped FFN blocks: layers {n_layers - 1} to 0 from top to bottom, tokens from left to right]")
-    for line in blocks_picture(ran):
-        note(line)
+    note("[a dot is an FFN block that was skipped; layers from the bottom up, generated tokens from left to right]")
+    for i, line in enumerate(blocks_picture(ran)):
+        note(f"{len(ran) - 1 - 4 * i:3} {line}")  # the topmost of its four layers
 
 
 def tell(generations, prompts, options, settings):

@@ -107,7 +107,7 @@ def test_skipping_is_reported_traced_and_compared(tmp_path, run, report):
     assert out["speedup_bound"] > 1
     text = run(*SKIP, "--max-new-tokens", "10", "--compare", "Layers 3 to")
     assert text.out.startswith("[dense]\n") and "\n[ffnskip]\n" in text.out and "x the speed of dense" in text.err
-    picture = re.search(r"\[skipped FFN blocks: layers 1 to 0 .*\]\n([\u2800-\u28ff]+)\n\[dense: ", text.err)[1]
+    picture = re.search(r"\[a dot is an FFN block .*\]\n  1 ([\u2800-\u28ff]+)\n\[dense: ", text.err)[1]
     assert sum((ord(char) & 0xFF).bit_count() for char in picture) == skipped
 
 
