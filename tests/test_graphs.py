@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 from policies import standins
 import torch
+import torch._dynamo  # noqa: F401; imported by the first recorded operation, it would keep that one's frames alive
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cache import Patchy
