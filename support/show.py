@@ -13,6 +13,7 @@ from os.path import commonprefix
 import torch
 
 from support import common
+from support.tracing import saved_blocks
 
 REDRAWS = 10  # per second, at most
 PATIENCE = 1  # seconds of the prompt's pass without a bar
@@ -111,15 +112,38 @@ class Generation:
         if len(self.prompts) == 1:
             report = {key: value[0] for key, value in report.items()}
         prefill, read = sum(self.times[:1]), sum(n_prompt) - self.held * len(n_prompt)
-        return report | dict(
-            prefill_tokens_per_s=read / prefill if prefill else None,
-            decode_tokens_per_s=self.decode_speed(),
-            ffn_skip_ratio=self.trace.ffn_skip_ratio(getattr(self.policy, "warm_up_index", -1)),
-            ffn_saved_ratio=self.trace.ffn_saved_ratio(),
-            planned_skip_ratio=self.planned,
-            peak_memory_bytes=common.peak_memory(self.model.tok_embeddings.weight.device),
-            policy=self.name,
-        )
+        report["prefill_tokens_per_s"] = read / prefill if prefill else None
+        report["decode_tokens_per_s"] = self.decode_speed()
+        report |= self.ratios()
+        report["planned_skip_ratio"] = self.planned
+        report["peak_memory_bytes"] = common.peak_memory(self.model.tok_embeddings.weight.device)
+        report["policy"] = self.name
+        return report
+
+    def ratios(self):
+        """
+        ffn_skip_ratio and ffn_saved_ratio of what was decoded, prompt_ffn_skip_ratio of the prompt's pass, and
+        blocks_saved: the share of blocks that no row of a decoding pass ran, so that their bytes were not read.
+        """
+        found = dict.fromkeys(["ffn_skip_ratio", "ffn_saved_ratio", "prompt_ffn_skip_ratio", "blocks_saved"])
+        if not self.times:
+            return found  # interrupted within the first pass, whose record is not complete
+        ran, token_index = self.trace.ran, self.trace.token_index
+        begin = self.trace.passes[0].token_index.size(1)  # the first column that was decoded
+        warm_up_index = getattr(self.policy, "warm_up_index", -1)
+        decoded = ran[:, :, begin:], token_index[:, begin:]
+        found["ffn_skip_ratio"] = skip_ratio(*decoded, warm_up_index)
+        found["ffn_saved_ratio"] = skip_ratio(*decoded, -1)
+        found["prompt_ffn_skip_ratio"] = skip_ratio(ran[:, :, :begin], token_index[:, :begin], warm_up_index)
+        if ran.size(2) > begin:
+            found["blocks_saved"] = 1 - decoded[0].any(1).float().mean().item()
+        return found
+
+
+def skip_ratio(ran, token_index, warm_up_index):
+    """The share of feed-forward blocks skipped past the warm-up; None if no token is past it."""
+    saved, blocks = saved_blocks(ran, token_index, warm_up_index)
+    return saved / blocks if blocks else None
 
 
 def write(generations, screen, steps):
@@ -255,7 +279,8 @@ def summary(report):
     if skipped is None:
         return f"[{line}, no FFN block skipped: no token is past the warm-up]"
     planned = number(report["planned_skip_ratio"], " (planned {:.1%})").removeprefix("-")
-    return f"[{line}, FFN blocks skipped {skipped:.1%}{planned}, in all {saved}]"
+    in_prompt = number(report["prompt_ffn_skip_ratio"], ", in the prompt {:.1%}").removeprefix("-")
+    return f"[{line}, FFN blocks skipped {skipped:.1%}{planned}, in all {saved}{in_prompt}]"
 
 
 def speedup_bound(model, saved):
@@ -275,7 +300,7 @@ def comparison(generations, reports):
     return dict(
         first_difference=differences if len(differences) > 1 else differences[0],
         speedup=speed / dense_speed if speed and dense_speed else None,
-        speedup_bound=speedup_bound(generations[0].model, report["ffn_saved_ratio"] or 0.0),
+        speedup_bound=speedup_bound(generations[0].model, report["blocks_saved"] or 0.0),
     )
 
 

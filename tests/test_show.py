@@ -137,13 +137,42 @@ def test_the_picture_has_a_dot_per_block_that_was_skipped_and_fits_its_columns(n
 @pytest.mark.parametrize("skipped, planned", [(0.0, None), (None, None), (0.101, 0.1), (0.101, None)])
 def test_the_lines_that_sum_up_fit_a_hundred_columns(skipped, planned):
     report = dict(policy="checkerboard", new_tokens=2048, decode_tokens_per_s=123.4, ffn_skip_ratio=skipped,
-                  ffn_saved_ratio=0.0 if not skipped else 0.0912, planned_skip_ratio=planned)  # fmt: skip
+                  ffn_saved_ratio=0.0 if not skipped else 0.0912, planned_skip_ratio=planned,
+                  prompt_ffn_skip_ratio=None)  # fmt: skip
     line = show.summary(report)
     assert len(line) <= 100 and line.startswith("[checkerboard: 2048 tokens, 123.4 tokens/s")
     assert ("skipped 10.1%" in line) == bool(skipped) and ("(planned 10.0%)" in line) == bool(planned)
     for speedup in 0.99, 1.2:
         lines = show.comparison_summary(dict(first_difference=1049, speedup=speedup, speedup_bound=1.19)).split("\n")
         assert max(map(len, lines)) <= 100 and len(lines) == 1 + (speedup < 1)
+
+
+def finished(model, policy, prompts, *flags):
+    generation = begin(parse_args(["x", "--max-new-tokens", "12", *flags]), model, Bytes(), "mine", policy, prompts)
+    while generation.advance():
+        pass
+    return generation
+
+
+def test_a_block_is_saved_where_no_row_of_a_step_runs_it(model):
+    """The bytes of a block are read if one row needs it, so that rows that disagree save less than either alone."""
+    policy, prompts = FFNSkip(0, 6, 0.9, warm_up_index=-1, k=1), [random_ids(5, seed) for seed in range(4)]
+    together = finished(model, policy, prompts).report()
+    alone = [finished(model, policy, [prompt]).report() for prompt in prompts]
+    assert alone[0]["blocks_saved"] == pytest.approx(alone[0]["ffn_saved_ratio"])
+    assert 0 < together["blocks_saved"] < min(report["blocks_saved"] for report in alone)
+
+
+def test_prompt_and_decoding_are_told_apart(model):
+    """With --skip-prompt the prompt counts as generated: its share is one number, that of decoding another."""
+    policy, prompt = FFNSkip(0, 6, 0.7, warm_up_index=-1), random_ids(40)
+    plain, both = finished(model, policy, [prompt]), finished(model, policy, [prompt], "--skip-prompt")
+    ran = both.trace.ran[:, 0]
+    report = both.report()
+    assert plain.report()["prompt_ffn_skip_ratio"] is None
+    assert report["prompt_ffn_skip_ratio"] == pytest.approx((~ran[:, :40]).float().mean().item())
+    assert report["ffn_saved_ratio"] == pytest.approx((~ran[:, 40:]).float().mean().item())
+    assert "in the prompt" in show.summary(report) and "in the prompt" not in show.summary(plain.report())
 
 
 def test_a_long_prompt_has_a_bar_of_layers_which_changes_nothing(model, monkeypatch):
