@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from tasks import WRITTEN, count_blocks, ratios, with_shared_prefix
+from tasks import WRITTEN
 
-from support import common
 import policies
 from calibrate import cold_regions
-from support.measuring import bring_to, measure, skip_ratio
 from model import dense
 from skip import FFNSkip
-from support.tracing import Trace
+from support import common
+from support.measuring import bring_to, measure, skip_ratio
 
 
 @dataclass
@@ -38,31 +37,54 @@ def on_text(model, tokens, prompt_len, warm_up_index, target_len):
     return Calibration(tokens, cosines, partial(skip_ratio, model, windows=windows), target_len)
 
 
-def prompts_ratio(model, policy, prompts, context):
-    """The ffn_skip_ratio in what the prompts (lists of ids) do not share, past the policy's warm-up."""
-    counts = []
-    for _, tokens, cache in with_shared_prefix(model, policy, prompts, 0, context):
-        trace = Trace()
-        model(tokens, cache, policy, trace=trace, last_only=True)
-        counts.append(count_blocks(trace.ran, trace.token_index, policy, context))
-    return ratios(counts)["ffn_skip_ratio"]
+def make_policy(name, model, skip, calibration, settings, warm_up_index, seed, options):
+    """(policy, its ratio on the calibration text) of a row; where skip is None, the settings as they stand."""
+    if name == "dense":
+        return dense, 0.0
+    if name not in ("ffnskip", "printed"):
+        return at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, options)
+    if not len(calibration.cosines):
+        raise ValueError("the texts to calibrate on end within the largest warm-up")
+    if name == "printed":  # with the one threshold of the paper, and cold regions by rule, whatever the settings have
+        threshold = 1.0 if options.sim_threshold is None else options.sim_threshold
+        base = FFNSkip(*cold_regions(calibration.cosines.mean(0)), threshold, warm_up_index)
+    else:
+        settings = dict(sim_threshold=1.0) | settings
+        settings.pop("ratios", None)  # --skip is reached on the calibration text instead
+        base = policies.find_policy("ffnskip", model, settings, warm_up_index=warm_up_index)
+    return at_ratio_ffnskip(base, model, skip, calibration)
+
+
+def at_ratio_ffnskip(base, model, skip, calibration):
+    """(policy, its ratio): an FFNSkip with thresholds shifted until it skips the share `skip` of the FFN blocks."""
+    if skip is None:
+        return base, calibration.ratio_of(base)
+    thresholds = torch.tensor(base.thresholds(model.args.n_layers))
+    base = policies.shifted(base, -thresholds[0].item())  # one per layer keep their distances from the first
+
+    def at(threshold):
+        policy = policies.shifted(base, threshold)
+        return policy, calibration.ratio_of(policy)
+
+    cosines = calibration.cosines - (thresholds - thresholds[0])
+    cosines = cosines[:, base.cold_s : base.cold_e].flatten().sort().values  # the threshold lies among them
+    return bring_to(at, cosines[len(cosines) // 50].item(), cosines[-1].item() + 1e-3, skip)
 
 
 def at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, options):
     """(policy, its ratio): a baseline or a policy of a file, brought as near to `skip` of the FFN blocks as it goes."""
     factory, own = policies.find_factory(name), {}  # own: arguments of three policies alone
     if policies.takes_fit(factory):
-        own = dict(fitted=policies.find_fitted(options, common.find_checkpoint(options.ckpt)))
+        own["fitted"] = policies.find_fitted(options, common.find_checkpoint(options.ckpt))
     if name == "skipdecode":
-        own = dict(target_len=calibration.target_len)
+        own["target_len"] = calibration.target_len
     if name == "static":
         own = {key: settings[key] for key in ("cold_s", "cold_e") if key in settings}
     if name == "standins" and options.task in WRITTEN:
         return factory(model, skip, warm_up_index, **own), skip  # as planned for text that the model writes itself
-    make = partial(factory, model, tokens=calibration.tokens, seed=seed, **own)
 
     def at(negative):  # of the share to ask for, since bring_to wants a ratio that falls
-        policy = make(-negative, warm_up_index=warm_up_index)
+        policy = factory(model, -negative, warm_up_index, tokens=calibration.tokens, seed=seed, **own)
         return policy, calibration.ratio_of(policy)
 
     def shifted(shift):
@@ -82,44 +104,8 @@ def at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, opti
     return policy, ratio
 
 
-def at_ratio_ffnskip(base, model, skip, calibration):
-    """(policy, its ratio): an FFNSkip with thresholds shifted until it skips the share `skip` of the FFN blocks."""
-    if skip is None:
-        return base, calibration.ratio_of(base)
-    thresholds = torch.tensor(base.thresholds(model.args.n_layers))
-    base = policies.shifted(base, -thresholds[0].item())  # thresholds of one per layer keep their distances from the first
-
-    def at(threshold):
-        policy = policies.shifted(base, threshold)
-        return policy, calibration.ratio_of(policy)
-
-    cosines = calibration.cosines - (thresholds - thresholds[0])
-    cosines = cosines[:, base.cold_s : base.cold_e].flatten().sort().values  # the threshold lies among them
-    return bring_to(at, cosines[len(cosines) // 50].item(), cosines[-1].item() + 1e-3, skip)
-
-
-def make_policy(name, model, skip, calibration, settings, warm_up_index, seed, options):
-    """(policy, its ratio on the calibration text) of a row; where skip is None, the settings as they stand."""
-    if name == "dense":
-        return dense, 0.0
-    if name not in ("ffnskip", "printed"):
-        return at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, options)
-    if not len(calibration.cosines):
-        raise ValueError("the texts to calibrate on end within the largest warm-up")
-    settings = dict(sim_threshold=1.0) | settings
-    settings.pop("ratios", None)  # --skip is reached on the calibration text instead
-    base = policies.find_policy("ffnskip", model, settings, warm_up_index=warm_up_index)
-    if name == "printed":  # with the one threshold of the paper, and cold regions by rule, whatever the settings have
-        cold_s, cold_e = options.printed_cold or cold_regions(calibration.cosines.mean(0))
-        threshold = 1.0 if options.sim_threshold is None else options.sim_threshold
-        base = FFNSkip(cold_s, cold_e, threshold, warm_up_index)
-    return at_ratio_ffnskip(base, model, skip, calibration)
-
-
 def describe(policy):
     """A policy's settings in a few words, for the table."""
-    if policy is dense:
-        return ""
     shown = []
     for key, value in sorted(vars(policy).items()):
         if key in ("seed", "warm_up_index") or not isinstance(value, (int, float, list, set, type(None))):

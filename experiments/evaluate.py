@@ -13,50 +13,54 @@ tasks, and what --data is for each:
   warmup      the same for several --warm-up-index, after a prompt of --prompt-tokens in full, all measured over the
               tokens past the largest of them (Figure 5)
   factoid     FreebaseQA (JSON, or lines "question | answer") or TriviaQA (JSON): 5-shot, greedy, exact match, and
-              whether a right answer is within the answer (Table 3). Ratios are reached on the next 128 questions
-  mmlu        a folder with dev/ and test/, Hendrycks' CSV files: 5-shot, the likeliest letter, by category (Table 5)
+              whether a right answer is within the answer (Table 3). Ratios are reached on the next 64 questions
   mtbench     MT-Bench's or Vicuna's question.jsonl: answers of all turns, as FastChat's judge reads them (Table 2,
               Figure 4)
   summarize   CNN/DailyMail, CSV or JSONL: ROUGE-L against the reference by length of the story (Figure 3)
   collapse    prompts (JSONL with "turns" or "text"): repetition, and the first token that differs from the dense text
               (Figure 1)
-  worstcase   as collapse: share of tokens for which nothing at all was skipped, by position (Table 6)
+  worstcase   as collapse: the share of tokens for which nothing at all was skipped (Table 6)
+MMLU (Table 5) and other multiple-choice tasks: lm_eval_model.py.
 
 Every policy is first brought to the wanted ratio on calibration text, by its own knob and with the same warm-up; the
 ratios in the table are those achieved. Policies that skip whole layers come twice: at the same share of FFN blocks
-("ffn"), and at the same bytes not read ("bytes"), since a layer saves more. In factoid and mmlu, whose answers end
-before a warm-up does, the prompt past its own warm-up is skipped as well. NAME_low and NAME_high are the 95 % interval
-of a mean by bootstrap over questions, windows or texts, whose scores are kept in FILE.items.jsonl beside FILE.csv;
-`difference` is that of the first score from the dense model's, paired (of perplexity, in nats per token), where the
-dense row was measured before. A row is written as soon as it is done; the same command again skips it.
+("ffn"), and at the same bytes not read ("bytes"), since a layer saves more. In factoid, whose answers end before a
+warm-up does, the prompt past its own warm-up is skipped as well. NAME_low and NAME_high are the 95 % interval of a mean
+by bootstrap over questions, windows or texts, whose scores are kept in items/; `difference` is that of the first score
+from the dense model's, paired (of perplexity, in nats per token), where the dense row was measured before. A row is
+written as soon as it is done; the same command again skips it.
 """
 
+import re
 import sys
 import time
 import zlib
 from dataclasses import fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from at_ratio import describe, make_policy, on_text, prompts_ratio
-from policies.baselines import POLICIES, written_text
+from at_ratio import describe, make_policy, on_text
 from readers import load_text
 from table import Table, cell
-from tasks import PROMPTS, TASKS, WRITTEN, Context, full_windows, held_out
+from tasks import TASKS, WRITTEN, Context, full_windows, held_out
 
-from support import common
 import policies
 from load_weights import load_model, load_tokenizer
+from policies.baselines import POLICIES, written_text
+from support import common
+from support.measuring import skip_ratio
 
 DRAWN = "random", "random_but_first", "random_run", "static", "static_run"  # policies that draw at random
 OWN = "dense", "ffnskip", "printed"  # policies that no factory makes
 TEXT_TASKS = "perplexity", "warmup"
+SETTINGS = """task data ckpt dtype limit window decode max_new_tokens prompt_tokens per_class chat seed calibration
+calibration_tokens""".split()  # what all rows of a table have in common
 
 
 def checksum(path):
@@ -90,12 +94,13 @@ def bytes_per_skip(name, model):
 
 
 def grid(options):
-    """(policy, skip, match, warm-up index, seed) of every row; for dense and a fixed --sim-threshold, skip is None."""
+    """The key of every row: for dense and a fixed --sim-threshold, skip is None."""
     rows = []
     for warm_up, match, name in product(options.warm_up, options.match, options.policies):
         fixed = name == "dense" or (name in ("ffnskip", "printed") and options.sim_threshold is not None)
         seeds = options.seeds if name in DRAWN or ":" in name else options.seeds[:1]
-        rows += [(name, *row) for row in product([None] if fixed else options.skip, [match], [warm_up], seeds)]
+        for skip, seed in product([None] if fixed else options.skip, seeds):
+            rows.append(dict(policy=name, skip=skip, match=match, warm_up_index=warm_up, seed=seed))
     return rows
 
 
@@ -110,14 +115,16 @@ def calibrate(model, tokenizer, data, context, options):
         print("[no --calibration text: the model writes some]", file=sys.stderr)
         tokens = written_text(model, 4, min(128 + prompt_len, size), options.seed)
     else:
-        text, n = load_text(options.calibration), max(1, options.calibration_tokens // size)
-        windows = [full_windows(tokenizer, text[len(text) * i // n :], size, size)[0] for i in range(n)]
+        text, windows = load_text(options.calibration), []
+        n = max(1, options.calibration_tokens // size)
+        for i in range(n):
+            windows.append(full_windows(tokenizer, text[len(text) * i // n :], size, size)[0])
         tokens = torch.tensor(windows, device=model.tok_embeddings.weight.device)
     found = on_text(model, tokens, prompt_len, max(options.warm_up), options.target_len)
     if options.task == "factoid":
-        prompts = held_out(tokenizer, data, context)
-        found.target_len = round(median(map(len, prompts)))
-        found.ratio_of = lambda policy: prompts_ratio(model, policy, prompts, context)
+        windows = held_out(tokenizer, data, context)
+        found.target_len = round(median(len(ids) for ids, _ in windows))
+        found.ratio_of = partial(skip_ratio, model, windows=windows)
     return found
 
 
@@ -135,11 +142,11 @@ def parse_args(argv):
     parser = common.Parser(__doc__)
     add = parser.add_argument
     add("task", choices=TASKS)
-    add("--data", metavar="FILE", help="see the tasks above; for mmlu a folder")
+    add("--data", metavar="FILE", help="see the tasks above")
     common.add_model_arguments(parser)
     add("--policies", type=listed(str), default=[*OWN, *POLICIES], metavar="A,B",
-        help="dense, ffnskip, printed (Algorithm 1 as printed: skip up to cold_e), names in baselines.py, "
-        "FILE.py:FACTORY; default: all")
+        help="dense, ffnskip, printed (Algorithm 1 as printed: skip up to cold_e; cold regions by calibrate.py's "
+        "rule), names in policies/baselines.py, FILE.py:FACTORY; default: all")
     add("--skip", type=listed(float), default=[0.05, 0.15, 0.25, 0.35], metavar="R,R",
         help="shares of FFN blocks to skip past the warm-up (default 0.05,0.15,0.25,0.35)")
     add("--match", type=listed(str), default=["ffn", "bytes"],
@@ -149,27 +156,21 @@ def parse_args(argv):
     add("--calibration", metavar="FILE", help="text, other than --data, on which the ratios are reached; default: the "
         "model's own")
     add("--calibration-tokens", type=common.positive, default=4096, metavar="N", help="how much of it (default 4096)")
-    add("--limit", type=common.positive, metavar="N",
-        help="tokens (perplexity, warmup: 32768), questions (factoid: 500; mmlu: all, of each subject; mtbench: all), "
-        "stories (all), prompts (collapse, worstcase: 32)")
+    add("--limit", type=common.positive, metavar="N", help="tokens (perplexity, warmup: 32768), questions (factoid: "
+        "500; mtbench: all), stories (all), prompts (collapse, worstcase: 32)")
     add("--window", type=common.positive, default=512, metavar="N", help="tokens of a window of text (default 512)")
     add("--decode", action="store_true", help="perplexity: token by token, as generation does, instead of in parallel")
-    add("--subjects", type=listed(str), metavar="A,B", help="of MMLU; default: all 57")
     add("--max-new-tokens", type=common.positive, metavar="N", help="of a text (default: mtbench 1024, summarize 256, "
         "worstcase 512, collapse 256)")
     add("--prompt-tokens", type=int, metavar="N", help="of a window of text (default: perplexity 0, warmup 64) "
         "or of a prompt from text (collapse, worstcase: 128)")
-    add("--prompt-style", choices=PROMPTS, default="few-shot", help="factoid: 5-shot, or the paper's first author's "
-        "zero-shot prompt")
     add("--per-class", type=common.positive, metavar="N", help="summarize: the first N stories of each length")
     add("--seeds", type=listed(common.seed), metavar="N,N", help="a row each, of policies that draw at random "
         "(default: --seed)")
     add("--chat", action="store_true", help="the checkpoint's chat template instead of the paper's prompt")
     add("--batch-size", type=common.positive, default=16, metavar="N", help="texts at a time (default 16)")
-    add("--output", metavar="CSV", help="default: experiments/results/TASK.csv, without --data TASK_own_text.csv")
-    group = policies.add_skip_arguments(parser)
-    group.add_argument("--printed-cold", type=listed(int), metavar="S,E",
-                       help="cold_s and cold_e of `printed` (default: by calibrate.py's rule on --calibration)")
+    add("--output", type=Path, metavar="CSV", help="default: out/TASK.csv, without --data out/TASK_own_text.csv")
+    policies.add_skip_arguments(parser)
     options = parser.parse_args(argv)
     if options.data is None and options.task not in TEXT_TASKS:
         parser.error(f"{options.task} needs --data")
@@ -181,7 +182,6 @@ def parse_args(argv):
         options.warm_up = [-1, 5, 10, 15, 20, 25, 30, 40, 60] if options.task == "warmup" else [25]
     if min(options.warm_up) < -1:
         parser.error(f"--warm-up-index {min(options.warm_up)} is below -1")
-    options.seeds = options.seeds or [options.seed]
     if options.prompt_tokens is None:
         options.prompt_tokens = dict(perplexity=0, warmup=64).get(options.task, 128)
     if options.prompt_tokens < (0 if options.task in TEXT_TASKS else 1):
@@ -189,18 +189,38 @@ def parse_args(argv):
     if options.task in TEXT_TASKS and options.window < options.prompt_tokens + max(options.warm_up) + 3:
         after = f"--prompt-tokens {options.prompt_tokens} and --warm-up-index {max(options.warm_up)}"
         parser.error(f"--window {options.window} is too short for {after}")
+    options.seeds = options.seeds or [options.seed]
     options.max_new_tokens = options.max_new_tokens or WRITTEN.get(options.task, 256)
-    if options.output is None:
-        own = "" if options.data else "_own_text"
-        options.output = str(HERE / "results" / f"{options.task}{own}.csv")
+    options.output = options.output or Path("out", f"{options.task}{'' if options.data else '_own_text'}.csv")
     options.target_len = options.max_new_tokens if options.task in WRITTEN else options.window
     if options.task in TEXT_TASKS:
         options.target_len -= options.prompt_tokens
     return options
 
 
-SETTINGS = """task data ckpt dtype limit window decode subjects max_new_tokens prompt_tokens prompt_style per_class
-chat seed calibration calibration_tokens""".split()  # what all rows of a table have in common
+def shared_settings(options, settings):
+    """What a table's rows have in common: rows made with other settings are no rows of it."""
+    shared = {key: getattr(options, key) for key in SETTINGS}
+    if {"ffnskip", "printed"} & set(options.policies):
+        shared["skip"] = settings | {}
+        shared["skip"].pop("ratios", None)
+    return shared
+
+
+def missing(table, model, options, ckpt):
+    """(key, fit, the share of FFN blocks to skip) of every row that the table needs and has not yet."""
+    fits = {name: fit_of(name, options, ckpt) for name in options.policies}  # once, since such a file may be large
+    for key in grid(options):
+        whole, ffn = bytes_per_skip(key["policy"], model)
+        found, fit = table.find(key | dict(policy=edition(key["policy"]))), fits[key["policy"]]
+        if found and not found["setting"].endswith(fit):
+            raise ValueError(f"{table.path}: its row of {key['policy']} is of another fit: give another --output")
+        if found:
+            continue
+        if key["match"] == "ffn":
+            yield key, fit, key["skip"]
+        elif whole != ffn and key["skip"] is not None:  # else equal bytes are equal blocks
+            yield key, fit, key["skip"] * ffn / whole
 
 
 def main(argv=None):
@@ -214,27 +234,15 @@ def main(argv=None):
     ckpt = common.find_checkpoint(options.ckpt)
     tokenizer, model = load_tokenizer(ckpt), load_model(ckpt, device, options.dtype)
     settings = policies.find_settings(options, ckpt, model.args.n_layers)
-    common_settings = {key: getattr(options, key) for key in SETTINGS}
-    if {"ffnskip", "printed"} & set(options.policies):  # rows made with other ones are no rows of this table
-        common_settings["skip"] = {key: value for key, value in settings.items() if key != "ratios"}
-        common_settings["printed_cold"] = options.printed_cold
-    table = Table(options.output, common_settings)
+    table = Table(options.output, shared_settings(options, settings))
     known = {field.name: getattr(options, field.name) for field in fields(Context) if hasattr(options, field.name)}
     context = Context(**known, first=max(options.warm_up) + 1)
-    fits = {name: fit_of(name, options, ckpt) for name in options.policies}  # once, since such a file may be large
     calibration = None
-    for name, skip, match, warm_up_index, seed in grid(options):
-        key = dict(policy=edition(name), skip=skip, match=match, warm_up_index=warm_up_index, seed=seed)
-        whole, ffn = bytes_per_skip(name, model)
-        known_row, fit = table.find(key), fits[name]
-        if known_row and not known_row["setting"].endswith(fit):
-            raise ValueError(f"{options.output}: its row of {name} is of another fit: give another --output")
-        if known_row or (match == "bytes" and (whole == ffn or skip is None)):
-            continue  # of a policy that skips nothing but FFN blocks, equal bytes are equal blocks
+    for key, fit, wanted in missing(table, model, options, ckpt):
+        name, skip, match, warm_up_index, seed = key.values()
         if calibration is None and name != "dense":
             calibration = calibrate(model, tokenizer, data, context, options)
         begin = time.time()
-        wanted = skip * ffn / whole if match == "bytes" else skip
         label = f"{options.task} {name} {'' if skip is None else skip}"
         try:
             policy, calibrated = make_policy(name, model, wanted, calibration, settings, warm_up_index, seed, options)
@@ -247,21 +255,24 @@ def main(argv=None):
         if wanted is not None and abs(calibrated - wanted) > far and name != "authors":
             print(f"{label}: cannot: the nearest is {calibrated:.3f}", file=sys.stderr)
             continue
-        model_id = f"{name.replace('/', '_').replace(':', '_')}-{cell(skip)}-{match}{f'-{seed}' if seed else ''}"
-        answers = Path(options.output).with_suffix("") / f"{model_id}.jsonl"
+        model_id = re.sub("[/:]", "_", f"{name}-{cell(skip)}-{match}") + (f"-{seed}" if seed else "")
+        answers = table.path.parent / table.name / f"{model_id}.jsonl"
         row = replace(context, warm_up_index=warm_up_index, label=label, answers=answers, scores={})
         row.dense_scores = table.dense_scores()
         result = run(model, tokenizer, policy, data, row)
-        ratio = result.pop("ffn_skip_ratio")
-        bytes_saved = None
+        ratio, bytes_saved = result.pop("ffn_skip_ratio"), None
         if ratio is not None:  # what a policy reads to decide (for confidence, the output head) is not taken off
-            bytes_saved = ratio * model.args.n_layers * whole / sum(common.weight_bytes(model).values())
+            layer = bytes_per_skip(name, model)[0]
+            bytes_saved = ratio * model.args.n_layers * layer / sum(common.weight_bytes(model).values())
         columns = dict(calibrated_ratio=calibrated, ffn_skip_ratio=ratio, ffn_saved_ratio=result.pop("ffn_saved_ratio"))
         columns |= dict(bytes_saved=bytes_saved, **result, seconds=round(time.time() - begin, 1))
-        table.add(key, columns | dict(setting=describe(policy) + fit), row.scores)
+        columns["setting"] = describe(policy) + fit
+        table.add(key | dict(policy=edition(name)), columns, row.scores)
         shown = list(table.rows[-1].items())[5:12]
-        print(f"{label}: {' '.join(f'{key}={value}' for key, value in shown)}", file=sys.stderr)
+        print(f"{label}: {' '.join(map('='.join, shown))}", file=sys.stderr)
     print(table)
+    if table.rows:
+        print(f"[written to {table.path}]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Let a model judge answers beside those of a reference, pair by pair, over any Op
 ANSWERS are the files that `evaluate.py mtbench` (MT-Bench's or Vicuna's questions) and `summarize` leave in a folder,
 --data is what was answered. The reference is --reference (the paper: GPT-3.5's answers) or else the dense model's file
 among ANSWERS. A score is the mean over both orders of a pair, so that a liking for a place cancels; none if a reply has
-no ratings. Replies are kept in judged/ beside ANSWERS as they come: the same command asks for those missing.
+no ratings. Replies are kept in judged/ beside ANSWERS as they come: the same command asks for those missing. plot.py
+draws the CSV, and prints the mean scores and what was lost to the dense model, with intervals.
 """
 
 import csv
@@ -19,7 +20,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from readers import load_stories, load_turns
-from rows import interval, logs, read
 from table import add_record, read_records
 from tasks import SUMMARIZE
 
@@ -60,7 +60,9 @@ def read_items(path):
 def written(record, turns):
     """What an assistant wrote, with the questions between if there are several."""
     first, *others = [record["summary"]] if "summary" in record else record["choices"][0]["turns"]
-    return first + "".join(f"\n\n[Asked next: {asked}]\n\n{text}" for asked, text in zip(turns[1:], others))
+    for asked, text in zip(turns[1:], others):
+        first += f"\n\n[Asked next: {asked}]\n\n{text}"
+    return first
 
 
 class Judge:
@@ -108,6 +110,18 @@ class Judge:
             yield columns | {"criterion": name, "skip_ratio_percent": ratio, against: other, "score": score}
 
 
+def read_tasks(options, summaries):
+    """{question_id, or the number of a story: (its turns, its category or number of words)}"""
+    tasks = {}
+    if summaries:
+        for i, (story, _) in enumerate(load_stories(options.data, options), start=1):
+            tasks[i] = [SUMMARIZE.format(story)], len(story.split())
+    else:
+        for question in load_turns(options.data):
+            tasks[question["question_id"]] = question["turns"], question.get("category", "")
+    return tasks
+
+
 def parse_args(argv):
     parser = common.Parser(__doc__)
     add = parser.add_argument
@@ -119,7 +133,7 @@ def parse_args(argv):
     add("--model", required=True, metavar="NAME", help="the judge, as the endpoint calls it")
     add("--api-key-env", metavar="NAME", help="the environment variable that holds the key; default: none is sent")
     add("--temperature", type=float, default=0.0, metavar="T", help="of the judge (default 0; some endpoints want 1)")
-    add("--output", type=Path, metavar="CSV", help="for plot.py; default: FOLDER_judged.csv beside ANSWERS' FOLDER")
+    add("--output", type=Path, metavar="CSV", help="default: out/FOLDER_judged.csv, FOLDER being that of ANSWERS")
     return parser.parse_args(argv)
 
 
@@ -127,42 +141,33 @@ def main(argv=None):
     options = parse_args(argv)
     if options.api_key_env and not os.environ.get(options.api_key_env):
         raise ValueError(f"--api-key-env {options.api_key_env}: there is no such environment variable")
-    output = options.output or Path(f"{options.answers[0].resolve().parent}_judged.csv")
-    common.check_outputs(output)
+    if options.output is None:
+        options.output = Path("out", f"{options.answers[0].resolve().parent.name}_judged.csv")
+        options.output.parent.mkdir(exist_ok=True)
+    common.check_outputs(options.output)
     answers = {file: read_items(file) for file in options.answers}
     dense = [file for file in answers if file.stem.startswith("dense-")]
     if not options.reference and (len(dense) != 1 or len(answers) < 2):
         raise ValueError("ANSWERS need to be one file of the dense model's and others, or give --reference FILE")
     reference = read_items(options.reference) if options.reference else answers.pop(dense[0])
     against = "score_reference" if options.reference else "score_dense"
-    if "summary" in next(iter(reference.values())):
-        stories = enumerate(load_stories(options.data, options), start=1)
-        tasks = {i: ([SUMMARIZE.format(story)], len(story.split())) for i, (story, _) in stories}
-    else:
-        tasks = {each["question_id"]: (each["turns"], each.get("category", "")) for each in load_turns(options.data)}
-    rows, unparsed = [], {}
+    tasks = read_tasks(options, "summary" in next(iter(reference.values())))
+    rows, lines = [], []
     for file, items in answers.items():
         judge = Judge(options, file)
         for item in common.progress([item for item in items if item in reference], file.stem):
             if item not in tasks or items[item].get("words") not in (None, tasks[item][1]):
                 raise ValueError(f"{file}: answers what is not item {item} of {options.data} with this --per-class")
             rows += judge.rows(item, items[item], reference[item], *tasks[item], against)
-        unparsed[file.stem] = judge.unparsed
+        lines.append(f"{file.stem}: {judge.unparsed} replies without ratings")
     if not rows:
         raise ValueError("ANSWERS and the reference answer no question in common")
-    with open(output, "w", newline="", encoding="utf-8") as out:
+    with open(options.output, "w", newline="", encoding="utf-8") as out:
         out.write(f"# command: {' '.join(['python', *sys.orig_argv[1:]])}\n")
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerows([rows[0].keys(), *(row.values() for row in rows)])
-    lines = [["answers", "skipped", "score", "lost to dense", "items", "replies without ratings"]]
-    for row in logs(read(output)):  # with 95 % intervals, the second of pairs
-        cells = []
-        for column in "score", "lost":
-            low, high = interval(row, column)
-            cells.append(f"{row[column]} [{low}, {high}]" if low != high else str(row[column]) or "-")
-        counts = row.get("score_n", 0), unparsed[row["log"]]
-        lines.append([row["log"], f"{row['ffn_skip_ratio']:.1%}", *cells, *map(str, counts)])
-    print("\n".join(common.table(lines)))
+        writer = csv.DictWriter(out, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(*lines, f"written to {options.output}: plot.py prints its `score` and what was `lost` to dense", sep="\n")
 
 
 if __name__ == "__main__":

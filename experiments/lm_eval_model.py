@@ -3,8 +3,9 @@ Any checkpoint under any policy in EleutherAI's lm-evaluation-harness (the packa
 
     python experiments/lm_eval_model.py --tasks mmlu,hellaswag,triviaqa --policies dense,ffnskip --skip 0.25
 
-A table and a CSV per task, as evaluate.py makes them, with all its options but --data and --output. All tokens count as
-generated (prompt_len=0): past its own warm-up a context is skipped as well, since most answers are shorter than that.
+A table and a CSV per task, as evaluate.py makes them, with all its options but --data and --output. Table 5 is
+--tasks mmlu_stem,mmlu_humanities,mmlu_social_sciences,mmlu_other. All tokens count as generated (prompt_len=0): past
+its own warm-up a context is skipped as well, since most answers are shorter than that.
 """
 
 import sys
@@ -13,15 +14,13 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate
 from tasks import TASKS, count_blocks, means, ratios
 
-from support import common
 from generate import generate
-from support.common import check_finite
+from support import common
 from support.measuring import cut
 from support.tracing import Trace
 
@@ -58,23 +57,28 @@ class SkipLM(TemplateLM):
             owners.setdefault(text, []).append(i)
         answers, device = [None] * len(requests), self.model.tok_embeddings.weight.device
         for texts in common.progress(cut(sorted(owners, key=len), self.context.batch_size), self.context.label):
-            pad, trace, states = [len(texts[-1]) - len(text) for text in texts], Trace(), []
-
-            def keep(layers, x, step, states=states):  # what the head reads, since logits of a whole text are large
-                states.append(self.policy(layers, x, step))
-                return states[0]
-
+            pad = [len(texts[-1]) - len(text) for text in texts]
             tokens = torch.tensor([[0] * n + [*text] for n, text in zip(pad, texts)], device=device)
-            self.model(tokens, policy=keep, pad=pad, trace=trace, last_only=True)
-            self.count(trace)
-            for text, state in zip(texts, states[0]):
+            for text, state in zip(texts, self.states(tokens, pad)):
                 for i in owners[text]:
                     ids = torch.tensor(requests[i][2][-len(text) :], device=device)
                     log_p = self.model.logits(state[-len(ids) :]).log_softmax(-1)  # (continuation, vocab)
-                    check_finite(log_p)
+                    common.check_finite(log_p)
                     likelihood = log_p.gather(1, ids[:, None]).double().sum().item()
                     answers[i] = likelihood, bool((log_p.argmax(-1) == ids).all())
         return answers
+
+    def states(self, tokens, pad):
+        """(batch, seq, dim): what the head reads of tokens (batch, seq), since logits of whole texts are large."""
+        trace, states = Trace(), []
+
+        def keep(layers, x, step):
+            states.append(self.policy(layers, x, step))
+            return states[0]
+
+        self.model(tokens, policy=keep, pad=pad, trace=trace, last_only=True)
+        self.count(trace)
+        return states[0]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """Log-likelihoods of whole texts, in windows of max_seq_len that each begin with a warm-up."""
@@ -97,11 +101,12 @@ class SkipLM(TemplateLM):
         room, trace, new, text = wanted.get("max_gen_toks", 256), Trace(), [], ""
         ids = (self.tok_encode(prompt) or [self.eot_token_id])[-max(1, self.model.args.max_seq_len - room) :]
         for token in generate(self.model, ids, room, self.policy, eos_ids=self.eos_ids, prompt_len=0, trace=trace):
-            new += [token] if token not in self.eos_ids else []
-            text = self.decode(new)
-            ends = [text.index(stop) for stop in wanted.get("until") or [] if stop in text]
-            if ends:
-                text = text[: min(ends)]
+            if token not in self.eos_ids:
+                new.append(token)
+            whole = text = self.decode(new)
+            for stop in wanted.get("until") or []:
+                text = text.split(stop)[0]
+            if text != whole:
                 break
         self.count(trace)
         return text
@@ -113,9 +118,14 @@ def run_task(name, manager, num_fewshot, model, tokenizer, policy, data, context
 
     lm, options = SkipLM(model, tokenizer, policy, context), dict(limit=context.limit, num_fewshot=num_fewshot)
     out = simple_evaluate(lm, tasks=[name], task_manager=manager, bootstrap_iters=1000, **options)
-    results, items = out["results"], [item for items in out["samples"].values() for item in items]
-    found = results.get(name) or {f"{task} {key}": each[key] for task, each in results.items() for key in each}
-    row = {key.removesuffix(",none"): value for key, value in found.items() if isinstance(value, float)}
+    found, row, items = out["results"].get(name), {}, []
+    if found is None:  # a group without a mean of its own: the columns of all its tasks
+        found = {f"{task} {key}": each[key] for task, each in out["results"].items() for key in each}
+    for key, value in found.items():
+        if isinstance(value, float):
+            row[key.removesuffix(",none")] = value
+    for samples in out["samples"].values():
+        items += samples
     metric, kind = items[0]["metrics"][0], items[0]["filter"]
     scores = [item[metric] for item in items if item["filter"] == kind]
     if all(isinstance(score, (int, float)) for score in scores):  # a mean over items: interval and paired difference
@@ -129,7 +139,7 @@ def parse_args(argv):
     add("--tasks", type=evaluate.listed(str), required=True, metavar="A,B", help="`lm_eval ls tasks` lists them")
     add("--num-fewshot", type=int, metavar="N", help="solved examples in front; default: the task's own")
     add("--include-path", metavar="DIR", help="a folder with task files of yours")
-    add("--results", type=Path, default=HERE / "results", metavar="DIR", help="where lm_eval_TASK.csv goes")
+    add("--results", type=Path, default=Path("out"), metavar="DIR", help="where lm_eval_TASK.csv goes (default out)")
     options, options.others = parser.parse_known_args(argv)
     evaluate.parse_args(["perplexity", *options.others])  # exits where it does not understand
     return options

@@ -1,6 +1,6 @@
 """
-What evaluate.py fills over as many runs as it takes: a CSV row by row, and files of JSON lines. NAME.items.jsonl beside
-NAME.csv keeps the scores of each item (question, window, text) that a row is the mean of.
+Tables as CSV files. evaluate.py fills a Table over as many runs as it takes; plot.py reads its rows, those of bench.py,
+and the scores that a judge gave each answer: judge.py's, and those in the logs of the paper's authors.
 """
 
 import csv
@@ -9,97 +9,119 @@ import json
 import math
 import platform
 import sys
+from operator import itemgetter
 from pathlib import Path
+from statistics import mean
 
+import numpy
 import torch
 
 from support import common
-from support.measuring import mean_interval
+from support.measuring import mean_interval, paired_interval
 
 FEWEST = 5  # items that get an interval: a bootstrap of fewer says nothing
+AUTHORS = {"no_prune": "dense", "cosine_False": "ffnskip", "baseline_False": "static"}  # by log, inferred; else random
 
 
 class Table:
-    """A CSV with the command and the versions in its first lines, which grows row by row and is never started over."""
+    """
+    A CSV that grows row by row and is never started over. The command and the versions stand before the rows that they
+    made. items/NAME.jsonl beside NAME.csv keeps the scores of each item (question, window, text) that a row averages.
+    """
 
     def __init__(self, path, settings):
         self.path, self.columns, self.rows = Path(path), None, []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.name = self.path.name.removesuffix(".csv")
+        self.items = self.path.parent / "items" / f"{self.name}.jsonl"
+        packages = f"python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}"
+        versions = f"{packages}, {torch.get_num_threads()} threads on {platform.machine()}"
+        command = " ".join(["python", *sys.orig_argv[1:]])
+        self.head = f"# command: {command}\n# versions: {versions}\n"  # to be written before the next row
+        settings = f"# settings: {common.to_json(settings, sort_keys=True)}\n"
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        head = f"# settings: {common.to_json(settings, sort_keys=True)}\n"
-        if text and "\n# settings: " not in text:
+        if text and "\n# settings: " not in text:  # before anything is changed in it
             raise ValueError(f"{path}: not a table of evaluate.py: give another --output")
-        if text and head not in text:
-            raise ValueError(f"{path}:3: made with other settings: give another --output, or delete it")
-        if not text.endswith("\n"):
-            text = text[: text.rfind("\n") + 1]  # the last run was cut off within a row
-            self.path.write_text(text, encoding="utf-8")
-        command = f"# command: {' '.join(['python', *sys.orig_argv[1:]])}\n"
-        if command not in text:  # a new table, or one that another command goes on with
-            self.append(f"{command}# versions: {versions()}\n")
-        self.items = self.path.with_suffix(".items.jsonl")
+        text = whole_lines(self.path)
         if not text:
-            self.append(head)
-            self.items.write_text("", encoding="utf-8")
+            self.head += settings
+            self.items.unlink(missing_ok=True)
+        elif settings not in text:
+            raise ValueError(f"{path}:3: made with other settings: give another --output, or delete it")
+        elif text[text.rindex("# command: ") :].startswith(self.head):
+            self.head = ""  # the last rows are of the same command
         self.scores = read_records(self.items)
-        lines = [line for line in text.split("\n") if line and not line.startswith("#")]
-        if lines:
-            reader = csv.DictReader(lines)
-            self.rows, self.columns = list(reader), reader.fieldnames
-
-    def append(self, text):
-        with open(self.path, "a", encoding="utf-8") as file:  # in one write, so that a row is there or not
-            file.write(text)
+        reader = csv.DictReader(data_lines(io.StringIO(text)))
+        self.rows, self.columns = list(reader), reader.fieldnames
 
     def find(self, key):
         """The row, a dict of text, that begins with this key, or None."""
-        key = {name: cell(value) for name, value in key.items()}
-        return next((row for row in self.rows if key.items() <= row.items()), None)
+        wanted = as_cells(key).items()
+        for row in self.rows:
+            if wanted <= row.items():
+                return row
+        return None
 
     def dense_scores(self):
         """{column: [the score of each item]} of the dense model; {} if it has no row."""
-        found = [record["scores"] for record in self.scores if record["policy"] == "dense"]
-        return found[-1] if found else {}
+        found = {}
+        for record in self.scores:
+            if record["policy"] == "dense":
+                found = record["scores"]
+        return found
 
     def add(self, key, row, scores):
         """Append a row, which begins with its key, and the scores of its items."""
         add_record(self.items, self.scores, key | dict(scores=scores))
-        row, out = key | row, io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
+        self.rows.append(as_cells(key | row))
+        out = io.StringIO()
+        writer = csv.DictWriter(out, self.columns or self.rows[-1], "", extrasaction="ignore", lineterminator="\n")
         if self.columns is None:
-            self.columns = list(row)
-            writer.writerow(self.columns)
-        self.rows.append({name: cell(value) for name, value in row.items()})
-        writer.writerow([self.rows[-1].get(name, "") for name in self.columns])
-        self.append(out.getvalue())
+            writer.writeheader()
+        writer.writerow(self.rows[-1])
+        with open(self.path, "a", encoding="utf-8") as file:  # in one write, so that a row is there or not
+            file.write(self.head + out.getvalue())
+        self.head, self.columns = "", writer.fieldnames
 
     def __str__(self):
         """For people: an interval stands in the cell of its mean."""
-        ends = "_low", "_high"
-        names = [name for name in self.columns or [] if name not in ("setting", "example") and not name.endswith(ends)]
+        names = []
+        for name in self.columns or []:
+            if not name.endswith(("_low", "_high")) and name not in ("setting", "example"):
+                names.append(name)
         lines = [names]
         for row in self.rows:
             line = []
             for name in names:
-                low, high = (row.get(name + end) for end in ends)
+                low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
                 line.append((row.get(name) or "-") + (f" [{low}, {high}]" if low else ""))
             lines.append(line)
         return "\n".join(common.table(lines))
 
 
+def whole_lines(path):
+    """The text of a file up to its last line break, past which an earlier run was cut off; "" if there is no file."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return whole
+
+
 def read_records(path):
-    """The records in a file, one JSON object per line, of an earlier run that was cut off, perhaps within a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return [json.loads(line) for line in lines]
+    """The records of a file, one JSON object per line."""
+    return [json.loads(line) for line in whole_lines(path).split("\n")[:-1]]
 
 
 def add_record(path, records, record):
     """Append a record to the list and to its file."""
     records.append(record)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(common.to_json(record) + "\n")
+
+
+def as_cells(row):
+    return {name: cell(value) for name, value in row.items()}
 
 
 def cell(value):
@@ -113,16 +135,123 @@ def columns(name, values):
     The columns of a list of scores, one per item (question, window, text): NAME is the mean, NAME_low and NAME_high are
     the ends of its 95 % interval by bootstrap over the items. The scores of a perplexity are mean log-likelihoods.
     """
-    ends = mean_interval(values) if values else (None, None, None)
-    if len(values) < FEWEST:
-        ends = ends[0], None, None
-    if name.startswith("perplexity"):
-        ends = [end and math.exp(end) for end in ends]
-    return dict(zip((name, f"{name}_low", f"{name}_high"), ends))
+    found = mean_interval(values) if values else (None, None, None)
+    if values and name.startswith("perplexity"):
+        found = map(math.exp, found)
+    return with_ends(name, found, len(values))
 
 
-def versions():
-    import numpy
+def with_ends(name, found, n):
+    """The columns of found, (mean, low, high) over n items, of which fewer than FEWEST have no interval."""
+    middle, low, high = found
+    if n < FEWEST:
+        low = high = None
+    return {name: middle, f"{name}_low": low, f"{name}_high": high}
 
-    packages = f"python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}"
-    return f"{packages}, {torch.get_num_threads()} threads on {platform.machine()}"
+
+def data_lines(lines):
+    return [line for line in lines if not line.startswith("#")]
+
+
+def read(path):
+    """The rows of a CSV as dicts, with its numbers as floats, over_seeds. ValueError if rows differ in length."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(data_lines(file)))
+    for row in rows:
+        if None in row or None in row.values():
+            raise ValueError(f"{path}: not a CSV: rows of different lengths")
+        for name, text in row.items():
+            try:
+                row[name] = float(text)
+            except ValueError:
+                pass  # a text it is
+    return over_seeds(rows)
+
+
+def grouped(rows, *columns):
+    """{the column's value, or a tuple of those of several: the list of the rows that have it}"""
+    groups, key = {}, itemgetter(*columns)
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def over_seeds(rows):
+    """
+    evaluate.py's rows, with those that differ only in their seed as one: the means of their numbers, and intervals that
+    reach from the lowest end of theirs to the highest. Other rows as they are.
+    """
+    if not rows or "seed" not in rows[0]:
+        return rows
+    merged = []
+    for group in grouped(rows, "policy", "skip", "match", "warm_up_index").values():
+        merged.append(dict(group[0]))
+        for name in group[0]:
+            values = [row[name] for row in group if isinstance(row[name], float)]
+            if values:
+                pick = {"low": min, "high": max}.get(name.rpartition("_")[2], mean)
+                merged[-1][name] = pick(values)
+    return merged
+
+
+def interval(row, column):
+    """(low, high), the 95 % interval of a row's column, or its value twice if it has none."""
+    low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
+    return (row[column], row[column]) if low in ("", None) else (low, high)
+
+
+def logs(rows):
+    """
+    The rows of the authors' logs, or of judge.py, as one row per log, with the columns that evaluate.py's have and,
+    each with its 95 % interval and number n of questions: `score`, `lost` (the dense model's score minus it) and
+    `behind` (ffnskip's at the same ratio minus it). The score of a question is the mean over its criteria; questions
+    without a score do not count.
+    """
+    found, dense, adaptive = [], {}, {}
+    for log, own in grouped(rows, "log").items():
+        parts = log.split("_")
+        policy = own[0].get("policy") or AUTHORS.get(f"{parts[0]}_{parts[-1]}", "random")
+        ratio = mean(row["skip_ratio_percent"] or 0 for row in own) / 100  # the dense model's is empty
+        row = dict(policy=policy, log=log, skip=round(20 * ratio) / 20 or "", match="ffn", ffn_skip_ratio=ratio)
+        found.append(row | dict(scores=scores(own, "score"), beside=scores(own, "score_dense")))
+        if policy == "dense":
+            dense = found[-1]["scores"]
+        if policy == "ffnskip":
+            adaptive[row["skip"]] = found[-1]["scores"]
+    for row in found:
+        own = row["scores"]
+        row |= difference("score", own, dict.fromkeys(own, 0))
+        row |= difference("lost", row["beside"] or dense, own)
+        row |= difference("behind", adaptive.get(row["skip"], {}), own)
+    return sorted(found, key=itemgetter("policy", "ffn_skip_ratio"))
+
+
+def scores(rows, column):
+    """{question: mean over its criteria}, of the questions that have one."""
+    found = {}
+    for row in rows:
+        if row.get(column, "") != "":
+            found.setdefault(row["question_id"], []).append(row[column])
+    return {question: mean(values) for question, values in found.items()}
+
+
+def difference(name, first, minus):
+    """The columns of the mean of first minus minus, two {question: score}, over the questions in both."""
+    shared = [question for question in first if question in minus]
+    if not shared:
+        return {name: ""}
+    found = paired_interval([first[question] for question in shared], [minus[question] for question in shared])
+    return with_ends(name, [round(value, 2) for value in found], len(shared)) | {f"{name}_n": len(shared)}
+
+
+def by_panel(rows):
+    """{category, or length and criterion, with the number of questions: the logs of the rows for it}"""
+    panels = {}
+    for title, own in grouped(rows, *["category"] if "category" in rows[0] else ["length", "criterion"]).items():
+        found = [log for log in logs(own) if log["lost"] != ""]
+        numbers = [log["lost_n"] for log in found if log["policy"] != "dense"]
+        if numbers:  # else the judge gave no score in this category
+            few, many = min(numbers), max(numbers)
+            title = title if isinstance(title, str) else ", ".join(title)
+            panels[f"{title} (n {few})" if few == many else f"{title} (n {few} to {many})"] = found
+    return panels

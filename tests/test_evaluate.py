@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from statistics import median
 
@@ -11,10 +12,10 @@ import evaluate
 import pytest
 import tasks
 import torch
-from at_ratio import describe, make_policy, on_text, prompts_ratio
+from at_ratio import describe, make_policy, on_text
 from policies.baselines import POLICIES
 from readers import load_questions, load_text
-from table import cell
+from table import Table, cell
 from tasks import TASKS, perplexity
 from test_golden import GOLDEN
 from test_standins import random_fit, write_fit
@@ -60,10 +61,9 @@ def run(model, tmp_path, monkeypatch):
         ("perplexity", "c4.jsonl", ["perplexity"], 128),
         ("warmup", "text.raw", ["perplexity_past_warm_up"], 128),
         ("factoid", "many.txt", ["exact_match", "answer_within_high", "difference_low"], 6),
-        ("mmlu", "mmlu", ["stem", "all"], 2),
         ("mtbench", "question.jsonl", ["answers"], 2),
         ("summarize", "stories.csv", ["rouge_l", "rouge_l_small", "rouge_l_medium_n"], None),
-        ("collapse", "question.jsonl", ["distinct_2", "longest_loop", "parts_from_dense"], 2),
+        ("collapse", "question.jsonl", ["dense_nll", "longest_loop", "parts_from_dense"], 2),
         ("worstcase", "c4.jsonl", ["never"], 2),
     ],
 )
@@ -150,14 +150,12 @@ def test_a_text_too_short_for_a_later_row_is_enough_for_those_before(model):
 @pytest.mark.parametrize("threshold", [0.9, [0.5, 0.6, 0.7, 0.6, 0.5, 0.5]])
 def test_printed_is_algorithm_1_as_printed(model, threshold):
     """One threshold, and cold regions by the rule from the calibration text, whatever the settings hold."""
-    settings = dict(cold_s=1, cold_e=5, k=1, sim_threshold=threshold, full_every=7, recheck=False)
-    policy, ratio = make("printed", model, 0.2, settings, 4, "--printed-cold", "2,5")
-    assert (policy.cold_s, policy.cold_e, policy.k, policy.full_every) == (2, 5, None, None)
-    assert isinstance(policy.sim_threshold, float) and ratio == pytest.approx(0.2, abs=0.03)
-    ruled, _ = make("printed", model, 0.1, settings, 4)
-    assert (ruled.cold_s, ruled.cold_e) == tuple(cold_regions(measure(model, WINDOWS, 4).mean(0))) != (1, 5)
-    assert isinstance(ruled.sim_threshold, float)
-    fixed, ratio = make("printed", model, None, settings, 4, "--printed-cold", "2,5", "--sim-threshold", "0.8")
+    settings = dict(cold_s=2, cold_e=4, k=1, sim_threshold=threshold, full_every=7, recheck=False)
+    policy, ratio = make("printed", model, 0.1, settings, 4)
+    assert (policy.cold_s, policy.cold_e) == tuple(cold_regions(measure(model, WINDOWS, 4).mean(0))) != (2, 4)
+    assert policy.k is None and policy.full_every is None and policy.recheck
+    assert isinstance(policy.sim_threshold, float) and ratio == pytest.approx(0.1, abs=0.03)
+    fixed, ratio = make("printed", model, None, settings, 4, "--sim-threshold", "0.8")
     assert fixed.sim_threshold == 0.8 and ratio > 0
 
 
@@ -229,9 +227,10 @@ def test_factoid_ratios_are_reached_on_the_questions_after_those_scored(run, mod
     monkeypatch.setattr(evaluate, "make_policy", watched)
     rows = run("factoid", "many.txt", "--policies", "ffnskip,skipdecode", "--match", "ffn", "--limit", 8)
     rest = load_questions(tmp_path / "many.txt")[8:]
-    prompts = [Bytes().encode(f"{tasks.SHOTS}Question: {q}\nAnswer: {a[0]}") for q, a in rest]
+    prompts = [Bytes().encode(f"{tasks.QUESTION.format(q)} {a[0]}") for q, a in rest]
+    windows = [(ids, 0) for ids in prompts]
     for row, (calibration, policy, ratio) in zip(rows, made):
-        assert ratio == prompts_ratio(model, policy, prompts, tasks.Context()) == pytest.approx(0.2, abs=0.05)
+        assert ratio == skip_ratio(model, policy, windows) == pytest.approx(0.2, abs=0.05)
         assert cell(ratio) == row["calibrated_ratio"] and row["questions"] == "8"
     assert made[1][1].target_len == made[1][0].target_len == round(median(map(len, prompts)))
 
@@ -268,7 +267,7 @@ def test_scores_are_kept_one_by_one(run, tmp_path, capsys):
     """So that an interval, and a difference from dense on the same questions, can be had afterwards."""
     flags = ["--limit", 6, "--policies", "dense,random", "--match", "ffn"]
     rows = run("factoid", "many.txt", *flags)
-    dense, random = map(json.loads, (tmp_path / "out.items.jsonl").read_text().splitlines())
+    dense, random = map(json.loads, (tmp_path / "items" / "out.jsonl").read_text().splitlines())
     assert random["policy"] == "random" and random["skip"] == 0.2 and random["seed"] == 0
     assert len(random["scores"]["exact_match"]) == len(random["scores"]["answer_within"]) == 6
     for record, row in (dense, rows[0]), (random, rows[1]):
@@ -277,10 +276,31 @@ def test_scores_are_kept_one_by_one(run, tmp_path, capsys):
     assert f"{ends[0]} [{ends[1]}, {ends[2]}]" in capsys.readouterr().out  # one cell on the screen
     assert rows[0]["difference"] == "" and rows[1]["difference"] != ""
     more = run("factoid", "many.txt", *flags, "--policies", "shortgpt")  # in another run
-    assert more[2]["difference"] != "" and len((tmp_path / "out.items.jsonl").read_text().splitlines()) == 3
+    assert more[2]["difference"] != "" and len((tmp_path / "items" / "out.jsonl").read_text().splitlines()) == 3
     (tmp_path / "out.csv").unlink()
     run("factoid", "many.txt", *flags, "--policies", "random")
-    assert len((tmp_path / "out.items.jsonl").read_text().splitlines()) == 1  # a new table begins with none
+    assert len((tmp_path / "items" / "out.jsonl").read_text().splitlines()) == 1  # a new table begins with none
+
+
+def test_the_command_stands_directly_before_the_rows_that_it_made(tmp_path, monkeypatch):
+    """And only if it made any. Of a table's name only .csv is a suffix."""
+
+    def run(command, *policies):
+        monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", command])
+        table = Table(tmp_path / "llama-3.1.csv", dict(task="x"))
+        for policy in policies:
+            table.add(dict(policy=policy), dict(kl=0.5), dict(kl=[0.5]))
+
+    run("one.py")
+    assert not list(tmp_path.iterdir())
+    for command, *policies in ("one.py", "a"), ("two.py",), ("one.py", "b"), ("two.py", "c"):
+        run(command, *policies)
+    lines = (tmp_path / "llama-3.1.csv").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("# versions: python")] == [
+        "# command: python one.py", '# settings: {"task": "x"}', "policy,kl", "a,0.5", "b,0.5",
+        "# command: python two.py", "c,0.5",
+    ]  # fmt: skip
+    assert len((tmp_path / "items" / "llama-3.1.jsonl").read_text().splitlines()) == 3
 
 
 def test_seeds_are_rows_of_policies_that_draw(run):

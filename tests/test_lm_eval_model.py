@@ -19,7 +19,7 @@ import lm_eval_model
 from lm_eval.tasks import TaskManager
 from lm_eval_model import SkipLM
 from peers import Transformers
-from rows import read
+from table import read
 from tasks import Context
 from test_golden import GOLDEN
 from tiny import mistake, tiny_model, write_jsonl

@@ -1,17 +1,16 @@
 """experiments/plot.py: what it prints, to the letter, what it draws, and what it says of files that it cannot use."""
 
 import csv
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import plot
 import pytest
 from test_golden import GOLDEN
+from tiny import mistake
 
 from support.measuring import mean_interval, paired_interval
 
@@ -187,15 +186,15 @@ def test_speeds_are_a_table_of_the_models_of_that_name(folder, capsys):
     (["x.csv", "nosuch"], "x.csv: no column of numbers nosuch: choose from policy, skip"),
     (["x.csv", "policy"], "x.csv: no column of numbers policy"),
     (["other.csv"], "other.csv: nothing to draw: pictures are made of generate.py's traces"),
-    (["empty.csv"], "empty.csv: no row in it"),
+    (["empty.csv", "kl"], "empty.csv: no row in it"),
     (["nosuch.csv"], "nosuch.csv: no such file"),
     ([".", "kl"], "a folder: give the path of a CSV"),
     (["page.md"], "not a CSV"),
     (["t.csv", "abc"], "no token with token_index abc"),
 ])  # fmt: skip
-def test_what_cannot_be_drawn_is_one_line(folder, argv, message):
-    done = subprocess.run([sys.executable, plot.__file__, *argv], capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+def test_what_cannot_be_drawn_is_one_line(folder, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(folder)
+    assert message in mistake(capsys, plot.main, *argv)
 
 
 def test_a_folder_without_anything_to_draw_says_so(tmp_path):
@@ -222,19 +221,17 @@ def write(path, rows):
         writer.writerows(rows)
 
 
-def evaluated(task):
-    """Rows of evaluate.py for one task: the dense model, one policy that skips FFN blocks and one that skips layers."""
-    y = dict(perplexity_past_warm_up=30, kl=0, exact_match=10, answer_within=20, all=30, rouge_l=0.2, looping=0.5)
-    y |= dict(parts_from_dense=256, never=1, never_below_64=1, never_below_128="")
-    dense = dict(policy="dense", skip="", match="ffn", warm_up_index=25, ffn_skip_ratio=0, bytes_saved=0, setting="")
-    rows = [dense | y]
+def evaluated(warm_ups=(25,)):
+    """Rows of evaluate.py: the dense model, one policy that skips FFN blocks and one that skips layers."""
+    dense = dict(policy="dense", skip="", match="ffn", warm_up_index=25, ffn_skip_ratio=0, bytes_saved=0)
+    dense |= dict(perplexity_past_warm_up=30, kl=0)
+    rows = [dense]
     for policy, match in ("random", "ffn"), ("shortgpt", "ffn"), ("shortgpt", "bytes"):
         for skip in 0.1, 0.2:
-            for warm_up_index in (5, 25) if task == "warmup" else (25,):
-                at = dict(policy=policy, skip=skip, match=match, warm_up_index=warm_up_index, ffn_skip_ratio=skip)
-                values = {column: (value or 0) * (1 + skip) for column, value in y.items()}
-                bytes_saved = skip / 2 if match == "bytes" else skip / 4
-                rows.append(dense | values | at | dict(bytes_saved=bytes_saved, kl=skip))
+            for warm_up_index in warm_ups:
+                row = dense | dict(policy=policy, skip=skip, match=match, warm_up_index=warm_up_index, kl=skip)
+                row |= dict(ffn_skip_ratio=skip, perplexity_past_warm_up=30 * (1 + skip))
+                rows.append(row | dict(bytes_saved=skip / 2 if match == "bytes" else skip / 4))
     return rows
 
 
@@ -250,9 +247,9 @@ def figure_of(monkeypatch, path):
         return save(figure, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", savefig)
-    plot.main([str(path)])
+    plot.main([str(path), "--out", str(path.parent / "out")])
     (figure,) = figures
-    assert path.with_suffix(".png").stat().st_size > 5000
+    assert (path.parent / "out" / f"{path.stem}.png").stat().st_size > 5000
     return figure
 
 
@@ -265,32 +262,25 @@ def labels(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-@pytest.mark.parametrize("task, panels", [
-    ("perplexity", ["perplexity", "KL from dense, nats per token", "perplexity"]),
-    ("factoid", ["exact match", "a right answer within", "exact match"]),
-    ("mmlu", ["accuracy, all subjects"] * 2),
-    ("summarize", ["ROUGE-L"] * 2),
-    ("collapse", ["texts with a loop of 32 tokens", "first token that differs", "texts with a loop of 32 tokens"]),
-])  # fmt: skip
-def test_a_task_is_drawn_against_the_ratio_and_against_bytes(monkeypatch, tmp_path, task, panels):
-    write(tmp_path / f"{task}.csv", evaluated(task))
-    figure = figure_of(monkeypatch, tmp_path / f"{task}.csv")
-    assert [axes.get_ylabel() for axes in figure.axes] == panels and labels(figure) == ["random", "shortgpt", "dense"]
-    assert [axes.get_yscale() for axes in figure.axes] == ["log" if task == "perplexity" else "linear"] * len(panels)
+def test_perplexity_is_drawn_against_the_ratio_and_against_bytes(monkeypatch, tmp_path):
+    write(tmp_path / "llama-3.1.csv", evaluated())
+    figure = figure_of(monkeypatch, tmp_path / "llama-3.1.csv")
+    titles = ["perplexity past the warm-up", "KL from dense, nats per token", "perplexity past the warm-up"]
+    assert [axes.get_ylabel() for axes in figure.axes] == titles and labels(figure) == ["random", "shortgpt", "dense"]
+    assert [axes.get_yscale() for axes in figure.axes] == ["log"] * 3
     first, last = curves_of(figure.axes[0]), curves_of(figure.axes[-1])
     assert [x for x, _ in first["shortgpt"]] == [0.1, 0.2] and [x for x, _ in last["shortgpt"]] == [0.05, 0.1]
     assert first["random"] != last["random"] and len(last["random"]) == 2  # one row for both comparisons
-    if task == "perplexity":
-        assert first["random"][0][1] == pytest.approx(33) and first["dense"][0][1] == 30
-        assert "dense" not in curves_of(figure.axes[1])  # its KL from itself is 0, which no logarithmic axis has
+    assert first["random"][0][1] == pytest.approx(33) and first["dense"][0][1] == 30
+    assert "dense" not in curves_of(figure.axes[1])  # its KL from itself is 0, which no logarithmic axis has
 
 
 def test_intervals_are_drawn_as_bars_and_that_of_dense_as_a_band(monkeypatch, tmp_path):
-    rows = evaluated("mmlu")
-    rows[0] |= dict(all_low=28, all_high=31)
-    rows[1] |= dict(all_low=20, all_high=40)
-    write(tmp_path / "mmlu.csv", rows)
-    axes = figure_of(monkeypatch, tmp_path / "mmlu.csv").axes[0]
+    rows = evaluated()
+    rows[0] |= dict(perplexity_past_warm_up_low=28, perplexity_past_warm_up_high=31)
+    rows[1] |= dict(perplexity_past_warm_up_low=20, perplexity_past_warm_up_high=40)
+    write(tmp_path / "x.csv", rows)
+    axes = figure_of(monkeypatch, tmp_path / "x.csv").axes[0]
     bars = [segment.tolist() for collection in axes.collections for segment in collection.get_segments()]
     assert bars[0] == [[0.1, 20], [0.1, 40]]
     assert all(start == end for start, end in bars[1:])  # rows without one
@@ -312,25 +302,12 @@ def test_the_authors_logs_are_drawn_by_category(monkeypatch, tmp_path):
 
 
 def test_warm_up_is_drawn_by_policy_and_ratio(monkeypatch, tmp_path):
-    write(tmp_path / "warmup.csv", evaluated("warmup"))
+    write(tmp_path / "warmup.csv", evaluated((5, 25)))
     figure = figure_of(monkeypatch, tmp_path / "warmup.csv")
     assert labels(figure) == ["random 0.1", "random 0.2", "shortgpt 0.1", "shortgpt 0.2", "dense"]
     assert [x for x, _ in curves_of(figure.axes[0])["random 0.1"]] == [5, 25]
     alphas = [line.get_alpha() for line in figure.axes[0].lines if line.get_label().startswith("random")]
     assert alphas[0] == 1 and alphas[1] < 1  # ratios of one policy have shades of its colour
-
-
-def test_worst_cases_are_drawn_by_position(monkeypatch, tmp_path):
-    rows = evaluated("worstcase")
-    rows[0] |= dict(never_below_64_low="", never_below_64_high="")
-    rows[1] |= dict(skip="", setting="FFNSkip(sim_threshold=0.9", never_below_64_low=0.5, never_below_64_high=1.5)
-    write(tmp_path / "worstcase.csv", rows[:3])
-    figure = figure_of(monkeypatch, tmp_path / "worstcase.csv")
-    assert labels(figure) == ["random threshold 0.9", "random 0.2"]
-    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["below 64", "below 128"]
-    heights = [bar.get_height() for bar in figure.axes[0].patches]
-    assert heights == pytest.approx([1.1, 0, 1.2, 0]) and len(heights) == 4  # where nothing is known there is no bar
-    assert figure.axes[0].collections[0].get_segments()[0][:, 1].tolist() == [0.5, 1.5]
 
 
 def test_speed_is_drawn_for_each_model_with_the_bound(monkeypatch, folder):
@@ -351,39 +328,38 @@ def test_a_trace_is_drawn_with_its_cosines_and_what_was_skipped(monkeypatch, fol
     assert cosines[1].tolist() == [0.9876, 0.5] and cosines.mask[0].all() and cosines.mask[2].tolist() == [True, False]
 
 
-def test_a_folder_is_drawn_as_far_as_there_is_something_to_draw(folder, capsys):
+def test_a_folder_is_drawn_as_far_as_there_is_something_to_draw(folder, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    write(folder / "mmlu.csv", evaluated("mmlu"))
-    write(folder / "perplexity_few.csv", evaluated("perplexity")[:2])  # two wanted ratios with dense's, so no curve
-    write(folder / "factoid.csv", evaluated("factoid")[:1])  # dense only
-    nothing = [row | dict(never=0) for row in evaluated("worstcase")]
-    write(folder / "worstcase.csv", nothing)  # every token skipped something
-    drawn = [Path(line).name for line in printed(capsys, folder)]
-    assert drawn == sorted(path.name for path in folder.glob("*.png")) == ["b.png", "mmlu.png", "t.png"]
+    monkeypatch.chdir(folder)
+    write(folder / "p.csv", evaluated())
+    write(folder / "perplexity_few.csv", evaluated()[:2])  # two wanted ratios with dense's, so no curve
+    write(folder / "perplexity_dense.csv", evaluated()[:1])
+    assert printed(capsys, folder) == ["out/b.png", "out/p.png", "out/t.png"]
+    assert sorted(path.name for path in folder.rglob("*.png")) == ["b.png", "p.png", "t.png"]
 
 
 def test_without_a_path_all_results_and_the_cosines_of_config_are_drawn(monkeypatch, tmp_path, capsys):
+    """Into a folder of the user's, and never beside the results that are shipped."""
     pytest.importorskip("matplotlib")
     results = tmp_path / "experiments" / "results"
-    results.mkdir(parents=True)
-    write(results / "mmlu.csv", evaluated("mmlu"))
+    (results / "authors_logs").mkdir(parents=True)
+    write(results / "p.csv", evaluated())
+    write(results / "authors_logs" / "judged.csv", authors_logs())
     shutil.copytree(plot.ROOT / "config", tmp_path / "config")
     monkeypatch.setattr(plot, "ROOT", tmp_path)
-    assert printed(capsys) == [str(results / "curve.png"), str(results / "mmlu.png")]
+    monkeypatch.chdir(tmp_path)
+    assert printed(capsys) == ["out/curve.png", "out/p.png", "out/judged.png"]
+    assert not list(results.rglob("*.png"))
+    assert printed(capsys, results, "--out", tmp_path / "mine") == [str(tmp_path / "mine" / "p.png")]
 
 
-@pytest.mark.parametrize("task, flags", [
-    ("perplexity", ["--data", "text.raw", "--limit", "128", "--skip", "0.1,0.2"]),
-    ("warmup", ["--data", "text.raw", "--limit", "128", "--warm-up-index=-1,8", "--prompt-tokens", "8"]),
-    ("worstcase", ["--data", "c4.jsonl", "--limit", "1", "--max-new-tokens", "80"]),
-])  # fmt: skip
-def test_what_evaluate_writes_is_drawn(tmp_path, task, flags):
+def test_what_evaluate_writes_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "text.raw").write_text(STORY * 12)
-    (tmp_path / "c4.jsonl").write_text(json.dumps(dict(text=STORY)) + "\n")
-    command = [sys.executable, plot.ROOT / "experiments" / "evaluate.py", task, "--ckpt", GOLDEN / "hf-gqa"]
-    command += ["--device", "cpu", "--policies", "dense,random,shortgpt", "--window", "64", *flags]
-    done = subprocess.run([*command, "--output", f"{task}.csv"], capture_output=True, text=True, cwd=tmp_path, env=ENV)
-    assert done.returncode == 0, done.stderr
-    plot.main([str(tmp_path)])
-    assert (tmp_path / f"{task}.png").stat().st_size > 10000
+    command = [sys.executable, plot.ROOT / "experiments" / "evaluate.py", "warmup", "--ckpt", GOLDEN / "hf-gqa"]
+    command += ["--device", "cpu", "--policies", "dense,random,shortgpt", "--window", "64", "--data", "text.raw"]
+    command += ["--limit", "128", "--warm-up-index=-1,8", "--prompt-tokens", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENV)
+    assert done.returncode == 0 and "[written to out/warmup.csv]" in done.stderr, done.stderr
+    plot.main([str(tmp_path / "out"), "--out", str(tmp_path)])
+    assert (tmp_path / "warmup.png").stat().st_size > 10000

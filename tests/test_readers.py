@@ -31,32 +31,14 @@ def test_questions_of_a_sorted_file_are_in_one_random_order(tmp_path):
     assert order == [int(question) for question, _ in readers.load_questions(file)]
 
 
-def test_mmlu_with_and_without_header(tmp_path):
-    write_data(tmp_path)
-    subjects = readers.load_mmlu(tmp_path / "mmlu", SimpleNamespace(subjects=None))
-    assert list(subjects) == ["anatomy", "sociology"]
-    shots, questions = subjects["anatomy"]
-    assert shots == questions and shots[2] == ("anatomy, 2?", ["red", "green", "blue", "grey"], "C")
-    assert list(readers.load_mmlu(tmp_path / "mmlu", SimpleNamespace(subjects=["sociology"]))) == ["sociology"]
-
-
-def test_mmlu_without_the_subject(tmp_path):
-    write_data(tmp_path)
-    with pytest.raises(ValueError, match="mmlu/test:1: no law_test.csv"):
-        readers.load_mmlu(tmp_path / "mmlu", SimpleNamespace(subjects=["law"]))
-    with pytest.raises(ValueError, match="test:1: no SUBJECT_test.csv"):
-        readers.load_mmlu(tmp_path, SimpleNamespace(subjects=None))
-
-
 def test_stories_in_both_formats(tmp_path):
     write_data(tmp_path)
     stories = readers.load_stories(tmp_path / "stories.csv")
     assert len(stories) == 3 and stories[0] == (STORY * 2, "A fox jumps.")
     write_csv(tmp_path / "cnn.csv", ["id", "article", "highlights"], ["1", "Long\nstory.", "Short."])
     assert readers.load_stories(tmp_path / "cnn.csv") == [("Long\nstory.", "Short.")]
-    record = dict(query="?", docs=["One.", "Two."], result=dict(text="1####Both."))
-    write_jsonl(tmp_path / "stories.jsonl", record, dict(article="A.", highlights="B."))
-    assert readers.load_stories(tmp_path / "stories.jsonl") == [("One.\n\nTwo.", "Both."), ("A.", "B.")]
+    write_jsonl(tmp_path / "stories.jsonl", dict(article="A.", highlights="B."), dict(text="C.", summary="D."))
+    assert readers.load_stories(tmp_path / "stories.jsonl") == [("A.", "B."), ("C.", "D.")]
 
 
 def test_so_many_stories_of_each_length(tmp_path):
@@ -97,11 +79,8 @@ def test_text_and_prompts(tmp_path):
         (readers.load_prompts, "p.jsonl", '{"turns": null}\n', 1),
         (readers.load_stories, "s.csv", "text,y\nx,z\nx\n", 3),
         (readers.load_stories, "s.csv", "", 1),
-        (readers.load_stories, "s.jsonl", '{"docs": "a"}\n', 1),
-        (readers.load_stories, "s.jsonl", '{"docs": "a", "y": "b"}\n\n{"docs": "a"}\n', 3),
-        (readers.mmlu_questions, "m.csv", "q,a,b,c,d,A\nq,a,b,c,D\n", 2),
-        (readers.mmlu_questions, "m.csv", "q,a,b,c,d,E\n", 1),
-        (readers.mmlu_questions, "m.csv", '"q\n2",a,b,c,d,A\nq,a,b,c,d,5\n', 3),
+        (readers.load_stories, "s.jsonl", '{"text": "a"}\n', 1),
+        (readers.load_stories, "s.jsonl", '{"text": "a", "y": "b"}\n\n{"text": "a"}\n', 3),
     ],
 )
 def test_bad_files_are_named_with_the_line(tmp_path, load, name, text, line):

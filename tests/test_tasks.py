@@ -8,7 +8,6 @@ from policies import baselines
 import pytest
 import tasks
 import torch
-from readers import load_mmlu
 from tasks import Context
 from tiny import STORY, Bytes, close, tiny_model, write_data
 
@@ -38,8 +37,6 @@ def test_rouge_l_by_hand():
 
 
 def test_repetition_by_hand():
-    assert tasks.distinct_n([1, 2, 1, 2, 1], 2) == 2 / 4
-    assert tasks.distinct_n([1, 2, 3], 1) == tasks.distinct_n([1], 2) == 1
     assert tasks.longest_loop([1, 2, 3, 4]) == 0
     assert tasks.longest_loop([9, 7, 7, 8]) == 0  # twice is no loop
     assert tasks.longest_loop([9, 7, 7, 7, 8]) == 3
@@ -104,23 +101,15 @@ def test_two_turns_in_the_papers_prompt_and_in_the_checkpoints_own():
     assert own == "[user] One?\n[assistant] Yes.\n[user] Two?\n"
 
 
-LLM_KICK = "Please give answer to this question: <QUESTION>\nThe answer is "  # of VITA-Group/llm-kick, freebaseqa
-
-
-def test_the_two_prompts_of_factoid_and_the_questions_held_out():
-    texts = []
-    tokenizer = Bytes()
-    tokenizer.encode = lambda text: texts.append(text) or [1, 2]
+def test_the_questions_held_out_are_those_after_the_scored_ones_with_their_answers():
     questions = [("One?", ["a"]), ("Two?", ["b", "c"]), ("Three?", ["d"])]
-    tasks.held_out(tokenizer, questions, Context(limit=1, prompt_style="llm-kick"))
-    asked = LLM_KICK.replace("<QUESTION>", "Two?")
-    assert texts == [asked + "b", LLM_KICK.replace("<QUESTION>", "Three?") + "d"]
-    assert tasks.PROMPTS["llm-kick"].format("Two?") == asked
-    tasks.held_out(tokenizer, questions, Context(limit=2))
-    assert texts[2] == tasks.SHOTS + "Question: Three?\nAnswer: d" and texts[2].count("Answer: ") == 6
+    (first, none), (second, _) = tasks.held_out(Bytes(), questions, Context(limit=1))
+    assert Bytes().decode(first) == tasks.QUESTION.format("Two?") + " b" and none == 0
+    assert Bytes().decode(second).endswith("Question: Three?\nAnswer: d")
+    assert Bytes().decode(second).count("Answer: ") == 6
     with pytest.raises(ValueError, match="no question is left after 3 .* give a smaller --limit"):
-        tasks.held_out(tokenizer, questions, Context(limit=3))
-    assert len(tasks.held_out(tokenizer, questions * 100, Context(limit=5))) == 128
+        tasks.held_out(Bytes(), questions, Context(limit=3))
+    assert len(tasks.held_out(Bytes(), questions * 100, Context(limit=5))) == 64
 
 
 def test_a_prompt_from_text_is_its_first_tokens():
@@ -234,34 +223,11 @@ def test_the_holes_that_are_read_are_a_share_of_what_is_read(model):
     assert result["holes_read"] == pytest.approx(missing / read) and missing > 0
 
 
-@pytest.mark.parametrize("name", ["ffnskip", "random", "shortgpt", "earlyexit"])
-def test_shared_prefix_is_what_each_prompt_alone_would_give(model, name):
-    prompts = [Bytes().encode(STORY[:40] + rest) for rest in ("one", "another one", "two", "six")]
-    if name == "ffnskip":
-        policy = FFNSkip(1, 5, 0.9, 4, k=1)
-    elif name == "earlyexit":
-        policy = baselines.EarlyExit(False, baselines.similarity, 0.8, warm_up_index=4)
-    else:
-        policy = baselines.POLICIES[name](model, 0.3, warm_up_index=4, tokens=torch.tensor(prompts[0])[None])
-    seen = []
-    for group, tokens, cache in tasks.with_shared_prefix(model, policy, prompts, 1, Context(batch_size=2)):
-        logits = model(tokens, cache, policy, last_only=True)
-        for row, i in enumerate(group):
-            alone_cache = KVCache(model.args, 1, len(prompts[i]))
-            alone = model(torch.tensor([prompts[i]]), alone_cache, policy)
-            assert close(logits[row, 0], alone[0, -1], 1e-4)
-            assert torch.equal(cache.written[:, row, : len(prompts[i])], alone_cache.written[:, 0])
-            assert tokens.size(1) == len(prompts[i]) - 40  # the common beginning ran once
-            seen.append(i)
-        assert len({len(prompts[i]) for i in group}) == 1 and len(group) <= 2
-    assert sorted(seen) == [0, 1, 2, 3]
-
-
 def test_factoid_answers_are_greedy_up_to_the_end_of_the_line(model):
     """And right if they are any alias, whatever the capitals, articles and punctuation of both."""
     policy = FFNSkip(1, 5, 0.9, 25, k=1)
-    prompts = [Bytes().encode(f"{tasks.SHOTS}Question: {q}\nAnswer:") for q in ("Fox?", "Bee?")]
-    ids = [list(generate(model, p, 16, policy, prompt_len=0)) for p in prompts]
+    prompts = [Bytes().encode(tasks.QUESTION.format(question)) for question in ("Fox?", "Bee?")]
+    ids = [list(generate(model, p, 16, policy, prompt_len=0, eos_ids={0})) for p in prompts]
     end = next(i for i in ids[0][1:] if i not in (ids[0][0], ids[0][-1], *ids[1]))  # the second answer never ends
     tokenizer = Bytes()
     tokenizer.decode = lambda ids: "".join("\n" if i == end else chr(97 + i % 26) for i in ids)
@@ -287,42 +253,6 @@ def test_an_alias_within_an_answer_is_a_whole_word(model):
         assert (result["exact_match"], result["answer_within"]) == (exact, within)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_mmlu_takes_the_likeliest_letter(tmp_path, seed):
-    model = tiny_model(seed, n_layers=6, vocab_size=128, max_seq_len=1024)
-    write_data(tmp_path)
-    subjects = load_mmlu(tmp_path / "mmlu", SimpleNamespace(subjects=["sociology"]))
-    shots, questions = subjects["sociology"]
-    questions[:] = [(q, c, "A") for q, c, _ in questions]  # else a model that always says the same is a quarter right
-    policy = FFNSkip(1, 5, 0.9, 25, k=1)
-
-    def ask(q, c):
-        return f"{q}\nA. {c[0]}\nB. {c[1]}\nC. {c[2]}\nD. {c[3]}\nAnswer:"
-
-    head = "The following are multiple choice questions (with answers) about sociology.\n\n"
-    head += "".join(f"{ask(q, c)} {a}\n\n" for q, c, a in shots)
-    right = []
-    for q, c, a in questions:
-        logits = model(torch.tensor([Bytes().encode(head + ask(q, c))]), policy=policy)[0, -1]
-        right.append(max("ABCD", key=lambda letter: logits[ord(letter)].item()) == a)
-    result = tasks.mmlu(model, Bytes(), policy, subjects, Context())
-    assert result["all"] == result["social_sciences"] == sum(right) / 4 and result["stem"] is None
-    assert result["questions"] == 4 and result["ffn_skip_ratio"] > 0.05
-
-
-def test_mmlu_leaves_out_solved_questions_that_do_not_fit():
-    shots = [("Solved?", ["1", "2", "3", "4"], "B")] * 5
-    questions = [("To solve?", ["1", "2", "3", "4"], "A")]
-    longest = max(map(len, tasks.mmlu_prompts(Bytes(), "law", shots, questions, 10**6)))
-    (prompt,) = tasks.mmlu_prompts(Bytes(), "law", shots, questions, longest - 1)
-    text = Bytes().decode(prompt)
-    assert text.count("Solved?") == 4 and text.count("Answer: B") == 4 and text.endswith("D. 4\nAnswer:")
-
-
-def test_mmlu_has_57_subjects():
-    assert sum(len(names.split()) for names in tasks.CATEGORIES.values()) == 18 + 13 + 12  # and 14 "other"
-
-
 def test_collapse_by_hand(model):
     policy = FFNSkip(1, 5, 0.9, warm_up_index=4, k=1)
     prompt = Bytes().encode(STORY)[:16]
@@ -333,7 +263,7 @@ def test_collapse_by_hand(model):
     assert result["parts_from_dense"] == first_difference(*texts) < 60
     assert result["longest_loop"] == tasks.longest_loop(texts[1])
     assert result["looping"] == (tasks.longest_loop(texts[1]) >= 32)
-    assert result["distinct_2"] == tasks.distinct_n(texts[1], 2) and result["tokens"] == 60
+    assert result["tokens"] == 60
     log_probs = model(torch.tensor([prompt + texts[1]]))[0].log_softmax(-1)
     chosen = [log_probs[len(prompt) - 1 + i, token].item() for i, token in enumerate(texts[1])]
     assert result["dense_nll"] == pytest.approx(-sum(chosen) / 60, abs=1e-4)
@@ -357,8 +287,7 @@ def test_worstcase_by_hand(model):
     list(generate(model, Bytes().encode(STORY)[:16], 80, policy, trace=trace))
     never, index = trace.ran[:, 0].all(0), trace.token_index[0]
     assert result["never"] == never[index > 4].double().mean()
-    assert 0 < result["never_below_64"] == never[(index > 4) & (index < 64)].double().mean() < 1
-    assert result["never_below_80"] == never[index >= 64].double().mean()
+    assert 0 < result["never"] < 1
 
 
 def test_summaries_are_scored_by_the_length_of_their_story(model, tmp_path):

@@ -274,12 +274,6 @@ def write_data(folder):
     write_jsonl(folder / "question.jsonl", *turns)
     stories = [["0", STORY * 2, "A fox jumps."], ["1", "word " * 500, "Words."], ["2", "w " * 800, "Ws."]]
     write_csv(folder / "stories.csv", ["", "text", "y"], *stories)
-    header = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
-    for part, rows, answers in ("dev", [header], "0123"), ("test", [], "ABCD"):
-        (folder / "mmlu" / part).mkdir(parents=True)
-        for name in "anatomy", "sociology":
-            questions = [[f"{name}, {i}?", "red", "green", "blue", "grey", answer] for i, answer in enumerate(answers)]
-            write_csv(folder / "mmlu" / part / f"{name}_{part}.csv", *rows, *questions)
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
