@@ -5,19 +5,18 @@ How fast it is: prefill and decode, dense and skipped, beside the bytes that mem
     python experiments/bench.py --ckpt llama-2-7b --skip 0.2,0.3    a checkpoint, as for generate.py
     python experiments/bench.py --shape 7B --layers 4               random weights: no file, and the speed of real ones
     python experiments/bench.py --peers                             and transformers and llama.cpp, where installed
-    python experiments/bench.py --shape 7B --layers 4 --skip 0.3 --context 2048    cost of a token by cache length
     python experiments/bench.py --products                          the ways to multiply one row, on this CPU
 
 variants, each with its own cache and the same tokens; they take turns at every token, in an order drawn anew for each,
 and peers follow in each repeat:
   dense     every block runs
-  monitor   Algorithm 1 with sim_threshold=1.0005 and no cold layers: every layer is watched, and nothing is skipped
-  fixed     blocks chosen in advance are left out, and nothing is measured: what skipping alone gives
+  monitor   Algorithm 1 with sim_threshold=1.0005 and no cold layers: every layer is monitored, and nothing is skipped
+  fixed     blocks chosen in advance are skipped, and nothing is measured: what skipping alone gives
   ffnskip   Algorithm 1 with k=1 and no cold layers, at exactly the ratio asked for: cosines are measured and read back
-            as ever, but then a plan drawn by chance, the same as in `fixed`, says which of them reach the threshold. It
+            as ever, but then a plan drawn at random, the same as in `fixed`, says which of them reach the threshold. It
             differs from token to token, and with --batch from row to row
-  standins  standins.py with one of --maps maps of rank --rank in the place of what the same plan leaves out: every
-            layer's harm is predicted and read back. What stands in is counted in GB/s and in the bound. Not among the
+  standins  the stand-ins of policies/standins.py with one of --maps maps of rank --rank for what the same plan skips:
+            every layer's harm is predicted and read back. The maps count in GB/s and in the bound. Not among the
             default variants
 The time of a token is its median over the repeats, and the table has the mean of that over the tokens.
 
@@ -29,17 +28,17 @@ columns:
   speed-up, bound  over dense, and the most that the bytes not needed allow
   of saving        share of the time which that bound says can be saved, that was saved
   of llama.cpp, of transformers  decode by the peer's, where it ran
-  FLOPs saved      per token, as in Table 4: 2 for each weight of the feed-forward blocks left out
+  FLOPs saved      per token, as in Table 4: 2 for each weight of the feed-forward blocks that are skipped
   memory           peak of the process (CUDA: of its tensors) before any peer is loaded
 Under torchrun bytes, GB/s and memory are those of the first process, and FLOPs of all together.
 """
 
 import csv
+import math
 import platform
 import random
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,18 +51,16 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from peers import make_peers
-from policies.standins import PARTS, StandIns, ready
 
-from support import common
-from support.cache import rewind
-from fast import parallel
-from support.common import peak_memory
-from fast import accelerate
+from fast import accelerate, parallel
 from fast.graphs import add_graphs
 from fast.one_row import way_of_one
 from load_weights import load_model
 from model import KVCache, ModelArgs, Transformer
+from policies.standins import PARTS, StandIns, ready
 from skip import FFNSkip
+from support import common
+from support.cache import rewind
 from support.tracing import Trace
 
 SIZES = {  # of the published LLaMA-2: ModelArgs(**SIZES["13B"])
@@ -87,18 +84,18 @@ WAYS = ["linear", "native linear", "mv", "native mv"]  # native: without oneDNN;
 
 def make_plan(n_layers, skip, tokens, batch=1, seed=0):
     """
-    plan[token][layer][row]: True where that row of the batch leaves that feed-forward block out. These are the share
+    plan[token][layer][row]: True where that row of the batch skips that feed-forward block. These are the share
     `skip` of all blocks, as nearly as whole blocks allow. With k=1 the block before is measured, so that none is layer
     0's and no two follow each other. Raises ValueError if the share is too large for that.
     """
-    order, blocks = random.Random(seed), 0  # blocks left out so far
+    order, blocks = random.Random(seed), 0  # blocks skipped so far
     plan = torch.zeros(tokens, n_layers, batch, dtype=torch.bool)
     for i in range(tokens * batch):
         n = round((i + 1) * skip * n_layers) - blocks  # the running total is right after every token
         if n > n_layers // 2:
             raise ValueError(f"--skip {skip}: of {n_layers} layers at most {n_layers // 2}, each after one that runs")
         blocks += n
-        # Draw n places, then widen each to two layers, of which the second is left out: no two of these are neighbours
+        # Draw n places, then widen each to two layers, of which the second is skipped: no two of these are neighbours
         for before, place in enumerate(sorted(order.sample(range(n_layers - n), n))):
             plan[i // batch, 1 + place + before, i % batch] = True
     return plan.tolist()
@@ -111,14 +108,14 @@ class Planned(FFNSkip):
         n_layers, nothing = len(plan[0]), [False] * len(plan[0][0])
         super().__init__(0, n_layers, sim_threshold=0.5, warm_up_index=-1, k=1)
         self.monitored = monitored
-        self.plan = [token[1:] + [nothing] for token in plan]  # True, which is 1, before a block that is left out
+        self.plan = [token[1:] + [nothing] for token in plan]  # True, which is 1, before a block that is skipped
 
     def generate_with_skip_model(self, layers, input_state, step, full):
         self.scores = self.plan[step.token_index[0, 0].item()]
         return super().generate_with_skip_model(layers, input_state, step, full)
 
     def cosine(self, h, temp, layer, step, skip_state):
-        """One score per row, which reaches the threshold where the plan leaves the next block out."""
+        """One score per row, which reaches the threshold where the plan skips the next block."""
         if self.monitored:
             super().cosine(h, temp, layer, step, skip_state)
         return self.scores[layer.layer_id]
@@ -172,13 +169,13 @@ class Variant:
         return logits
 
 
-def make_variants(model, options, columns):
-    """The variants that the command line asks for, dense first, with `columns` of cache each."""
-    n_layers, prompt = model.args.n_layers, options.prompt
+def make_variants(model, options):
+    """The variants that the command line asks for, dense first."""
+    n_layers, prompt, columns = model.args.n_layers, options.prompt, options.prompt + options.tokens
     policies = [("dense", None), ("monitor", FFNSkip(0, n_layers, sim_threshold=1.0005, warm_up_index=-1))]
     for skip in options.skip:
         if skip > 0:
-            plan = make_plan(n_layers, skip, columns - prompt, options.batch, options.seed)
+            plan = make_plan(n_layers, skip, options.tokens, options.batch, options.seed)
             policies += [("fixed", Planned(plan, monitored=False)), ("ffnskip", Planned(plan, monitored=True))]
             if "standins" in options.variants:  # whose maps take memory
                 policies.append(("standins", PlannedStandIns(plan, model, options.maps, options.rank)))
@@ -209,7 +206,7 @@ def bytes_needed(model, cache, columns, ffn_run=1.0):
 
 def flops_saved(args, skip):
     """
-    Per token: 2, a multiplication and an addition, for each weight of the feed-forward blocks that are left out. Table
+    Per token: 2, a multiplication and an addition, for each weight of the feed-forward blocks that are skipped. Table
     4 has these numbers, cut after the first decimal, except for its 0.3B at 5 %, which would be 0.4B.
     """
     return 2 * 3 * args.dim * args.hidden_dim * args.n_layers * skip
@@ -252,43 +249,43 @@ def measure(variants, peers, prompt, tokens, repeats, big):
     return torch.tensor(bandwidth).median().item()
 
 
-def make_row(runner, base, bandwidth, start, end, options):
-    """The COLUMNS about the decoding steps in which runner's cache grew from start to end columns; `base` is dense."""
-    batch, prompt = options.batch, options.prompt
-    seconds = runner.decode[:, start - prompt : end - prompt].quantile(0.5, dim=0).mean().item()
-    base_seconds = base.decode[:, start - prompt : end - prompt].quantile(0.5, dim=0).mean().item()
-    by_repeat = runner.decode[:, start - prompt : end - prompt].mean(1)  # (repeats,)
-    spread = (by_repeat.quantile(0.75).item() - by_repeat.quantile(0.25).item()) / seconds
+def make_row(runner, base, bandwidth, options):
+    """The COLUMNS about a runner that has been measured; `base` is dense."""
+    batch, prompt, steps = options.batch, options.prompt, options.tokens
+    seconds = runner.decode.quantile(0.5, dim=0).mean().item()  # (repeats, steps) -> of one step
+    base_seconds = base.decode.quantile(0.5, dim=0).mean().item()
+    spread = None
+    if len(runner.decode) > 1:
+        low, high = runner.decode.mean(1).quantile(torch.tensor([0.25, 0.75])).tolist()
+        spread = (high - low) / seconds
     skipped, ffn_run = 0.0, 1.0
     if isinstance(runner, Variant):
-        ran = runner.trace.ran[:, :, start:end]  # (layer, batch, step)
+        ran = runner.trace.ran[:, :, prompt:]  # (layer, batch, step)
         skipped = (~ran).double().mean().item()
         ffn_run = ran.any(1).double().mean().item()  # the weights of a block are read if any row needs them
-    attended = (start + end + 1) / 2  # columns, by the mean step
+    attended = prompt + (steps + 1) / 2  # columns, by the mean step
     needed = bytes_needed(base.model, base.cache, attended, ffn_run)
     if isinstance(runner, Variant) and isinstance(runner.policy, PlannedStandIns):
         needed += runner.policy.bytes_read(ffn_run)
     bound = bytes_needed(base.model, base.cache, attended) / needed
     possible = base_seconds * (1 - 1 / bound)  # seconds that can be saved
     return dict(
-        variant=runner.name, ffn_skip_ratio=skipped, columns=end,
+        variant=runner.name, ffn_skip_ratio=skipped, columns=prompt + steps,
         prefill_tokens_per_s=batch * prompt / runner.prefill.quantile(0.5).item(),
-        decode_tokens_per_s=batch / seconds,
-        spread=spread if len(by_repeat) > 1 else None,
-        ms_per_step=seconds * 1e3,
+        decode_tokens_per_s=batch / seconds, spread=spread, ms_per_step=seconds * 1e3,
         gb_per_s=needed / seconds / 1e9, share_of_read=needed / seconds / bandwidth,
         speedup=base_seconds / seconds, speedup_bound=bound,
         share_of_saving=(base_seconds - seconds) / possible if possible else None,
         gflops_saved=parallel.size * flops_saved(base.model.args, skipped) / 1e9,
-    )
+    )  # fmt: skip
 
 
 def add_peer_ratios(rows):
     """Fill the columns that compare the rows, dicts of COLUMNS, with the peers among them."""
+    speeds = {row["variant"]: row["decode_tokens_per_s"] for row in rows}
     for peer, column in ("llama.cpp", "of_llama_cpp"), ("transformers", "of_transformers"):
-        speeds = {row["columns"]: row["decode_tokens_per_s"] for row in rows if row["variant"] == peer}
         for row in rows:
-            row[column] = row["decode_tokens_per_s"] / speeds[row["columns"]] if row["columns"] in speeds else None
+            row[column] = row["decode_tokens_per_s"] / speeds[peer] if peer in speeds else None
 
 
 def multiply(way, x, weight):
@@ -301,41 +298,34 @@ def multiply(way, x, weight):
 
 def time_products(model, repeats=5):
     """
-    Print microseconds per product of one row with the model's matrices, by shape and way, and for all of a token's; the
-    way that the rule takes is marked. Raises ValueError if it is more than 1.2 times slower than the best.
+    Print the milliseconds that all products of a token take in each way, and mark the way that the rule takes. Raises
+    ValueError if it is more than 1.2 times slower than the best.
     """
-    shapes = {}
-    for weight in [*model.parameters()]:
-        if weight.dim() == 2 and (weight is not model.tok_embeddings.weight or model.output is None):
-            shapes.setdefault(tuple(weight.shape), []).append(weight)
-    taken = way_of_one(model.tok_embeddings.weight.dtype)
-    lines = [["matrix", "per token", *[f"{way} *" if way == taken else way for way in WAYS]]]
-    totals = dict.fromkeys(WAYS, 0)  # seconds per token
-    for shape, weights in shapes.items():
-        x, seconds = torch.ones(shape[1], dtype=weights[0].dtype), {way: [] for way in WAYS}
-        for _ in range(repeats):
-            for way in random.sample(WAYS, len(WAYS)):
-                begin = time.perf_counter()
-                for weight in weights:
-                    multiply(way, x, weight)
-                seconds[way].append(time.perf_counter() - begin)
-        medians = {way: statistics.median(times) for way, times in seconds.items()}
-        cells = [f"{1e6 * medians[way] / len(weights):.0f} us" for way in WAYS]
-        lines.append([f"{shape[0]} x {shape[1]}", str(len(weights)), *cells])
-        for way in WAYS:
-            totals[way] += medians[way]
-    lines.append(["all", str(sum(map(len, shapes.values()))), *[f"{1e3 * totals[way]:.2f} ms" for way in WAYS]])
-    print(*common.table(lines), sep="\n")
-    best = min(totals, key=totals.get)
-    if totals[taken] > 1.2 * totals[best]:
-        slower = f"{totals[taken] / totals[best]:.2f} times slower than {best!r}"
+    weights = [weight for weight in model.parameters() if weight.dim() == 2]
+    if model.output is not None:
+        weights.remove(model.tok_embeddings.weight)  # of which a token reads a row
+    inputs = {weight.size(1): torch.ones(weight.size(1), dtype=weight.dtype) for weight in weights}
+    seconds = dict.fromkeys(WAYS, math.inf)  # of the best repeat
+    for _ in range(repeats):
+        for way in random.sample(WAYS, len(WAYS)):
+            begin = time.perf_counter()
+            for weight in weights:
+                multiply(way, inputs[weight.size(1)], weight)
+            seconds[way] = min(seconds[way], time.perf_counter() - begin)
+    taken, best = way_of_one(weights[0].dtype), min(seconds, key=seconds.get)
+    for way in WAYS:
+        print(f"{way:>14} {1e3 * seconds[way]:8.2f} ms{' *' if way == taken else ''}")
+    if seconds[taken] > 1.2 * seconds[best]:
+        slower = f"{seconds[taken] / seconds[best]:.2f} times slower than {best!r}"
         raise ValueError(f"one row is multiplied by {taken!r}, {slower}: one_row.way_of_one needs a line for this CPU")
 
 
 def print_table(rows):
     lines = [[heading for heading, _ in COLUMNS.values()]]
     for row in rows:
-        lines.append(["-" if row[key] is None else form.format(row[key]) for key, (_, form) in COLUMNS.items()])
+        lines.append([])
+        for key, (_, form) in COLUMNS.items():
+            lines[-1].append("-" if row[key] is None else form.format(row[key]))
     print(*common.table(lines), sep="\n")
 
 
@@ -346,14 +336,15 @@ def check_out(path):
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def save(path, rows):
-    """Appends rows, dicts with the keys FIELDS, to the CSV."""
+def save(path, about, rows):
+    """Appends rows, dicts which with `about` have the keys FIELDS, to the CSV."""
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
         for row in rows:
-            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
+            cells = {key: f"{v:.6g}" if isinstance(v, float) else v for key, v in (about | row).items()}
+            writer.writerow(cells)
 
 
 def device_name(device):
@@ -376,7 +367,7 @@ def names(text):
 
 
 def shares(text):
-    return [float(part) for part in names(text)]
+    return list(map(float, names(text)))
 
 
 def parse_args(argv):
@@ -392,16 +383,15 @@ def parse_args(argv):
     add("--peers", action="store_true", help="also transformers and llama.cpp (CPU, --batch 1), where installed")
     add("--prompt", type=positive, default=128, metavar="N", help="tokens of the prompt (default 128)")
     add("--tokens", type=positive, default=20, metavar="N", help="tokens to decode (default 20)")
-    add("--repeats", type=positive, metavar="N", help="how often, prompt and all (default 5, with --context 1)")
-    add("--context", type=positive, metavar="N", help="decode to N columns of cache, one row per doubling")
+    add("--repeats", type=positive, default=5, metavar="N", help="how often, prompt and all (default 5)")
     add("--batch", type=positive, default=1, metavar="N", help="rows, which disagree about what to skip (default 1)")
     add("--threads", type=positive, metavar="N", help="threads of the CPU; default: PyTorch's own choice")
     add("--products", action="store_true", help="time the ways to multiply one row instead, and judge the rule's")
-    add("--out", type=Path, default=HERE / "results/bench.csv", help="CSV to append to (default results/bench.csv)")
+    add("--out", type=Path, default=Path("out/bench.csv"), metavar="CSV", help="to append to (default %(default)s)")
     options = parser.parse_args(argv)
     for skip in options.skip:
         if not 0 <= skip <= 0.5:
-            parser.error(f"--skip {skip} is not between 0 and 0.5: with k=1 one block runs before each left out")
+            parser.error(f"--skip {skip} is not between 0 and 0.5: with k=1 a block runs before each that is skipped")
     for variant in options.variants:
         if variant not in VARIANTS:
             parser.error(f"no variant {variant}: choose from {', '.join(VARIANTS)}")
@@ -411,8 +401,6 @@ def parse_args(argv):
         parser.error("--peers run in one process")
     if options.layers and not options.shape:
         parser.error("--layers goes with --shape")
-    if options.context and options.context <= options.prompt:
-        parser.error(f"--context {options.context} leaves nothing to decode after --prompt {options.prompt}")
     return options
 
 
@@ -433,31 +421,23 @@ def main(argv=None):
     if options.products:
         return time_products(model)
     check_out(options.out)
-    ends = [options.context or options.prompt + options.tokens]  # columns of the cache with which rows of the table end
-    if ends[0] > model.args.max_seq_len:
-        raise ValueError(f"{ends[0]} tokens are more than the model's max_seq_len {model.args.max_seq_len}")
-    while options.context and ends[0] // 2 > options.prompt:
-        ends.insert(0, ends[0] // 2)
-    variants = make_variants(model, options, columns=ends[-1])
-    tokens = torch.randint(model.args.vocab_size, (options.batch, ends[-1]))
-    prompt, tokens = tokens[:, : options.prompt], tokens[:, options.prompt :]
-
+    columns = options.prompt + options.tokens  # of the cache
+    if columns > model.args.max_seq_len:
+        raise ValueError(f"{columns} tokens are more than the model's max_seq_len {model.args.max_seq_len}")
+    variants = make_variants(model, options)
+    prompt, tokens = torch.randint(model.args.vocab_size, (options.batch, columns)).tensor_split([options.prompt], 1)
     big = torch.ones(2**13, 2**13, device=device)  # 256 MiB of float32
     measure(variants, [], prompt, tokens[:, :5], 1, big)  # warm-up
-    memory, peers = peak_memory(device), []
+    memory, peers = common.peak_memory(device), []
     with tempfile.TemporaryDirectory() as folder:
         if options.peers:
-            peers = list(make_peers(variants[0], prompt, ends[-1], folder))
+            peers = list(make_peers(variants[0], prompt, columns, folder))
             measure([], peers, prompt, tokens[:, :5], 1, big)
-        repeats = options.repeats or (1 if options.context else 5)
-        bandwidth = measure(variants, peers, prompt, tokens, repeats, big)
-
+        bandwidth = measure(variants, peers, prompt, tokens, options.repeats, big)
     if parallel.rank > 0:
         return  # the first process tells its own times and bytes
-    rows = []
-    for runner in [*variants, *peers]:
-        for start, end in zip([options.prompt, *ends], ends):
-            rows.append(make_row(runner, variants[0], bandwidth, start, end, options))
+
+    rows = [make_row(runner, variants[0], bandwidth, options) for runner in [*variants, *peers]]
     add_peer_ratios(rows)
     read_back = sorted(timed(big[0, :1].tolist) for _ in range(101))[50]  # what a layer's monitoring costs at least
     dtype = model.tok_embeddings.weight.dtype
@@ -465,17 +445,16 @@ def main(argv=None):
     about = dict(
         commit=commit(), device=device_name(device), threads=torch.get_num_threads() if device.type == "cpu" else "",
         dtype=str(dtype).removeprefix("torch."), model=name, batch=options.batch, prompt=options.prompt,
-        steps=tokens.size(1), repeats=repeats, read_gb_per_s=bandwidth / 1e9, peak_memory_bytes=memory,
+        steps=options.tokens, repeats=options.repeats, read_gb_per_s=bandwidth / 1e9, peak_memory_bytes=memory,
         readback_us=1e6 * read_back, versions=", ".join(versions),
         command=shlex.join(["python", "experiments/bench.py", *argv]),
-    )
+    )  # fmt: skip
     print_table(rows)
-    threads = f", {about['threads']} threads" if about["threads"] else ""
-    print("{model}, {dtype}, batch {batch}, prompt {prompt}, {device}".format(**about) + threads)
+    print("{model}, {dtype}, batch {batch}, prompt {prompt}, {device}, {threads} threads".format(**about))
     peak = "peak memory unknown" if memory is None else f"peak memory {memory / 1e9:.2f} GB"
     print("plain read {read_gb_per_s:.1f} GB/s; one read-back {readback_us:.1f} us; ".format(**about) + peak)
-    save(options.out, [about | row for row in rows])
-    print(common.to_json(about | dict(rows=rows)))
+    save(options.out, about, rows)
+    print(f"written to {options.out}")
 
 
 if __name__ == "__main__":
