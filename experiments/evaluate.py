@@ -14,9 +14,9 @@ tasks, and what --data is for each:
               tokens past the largest of them (Figure 5)
   factoid     FreebaseQA (JSON, or lines "question | answer") or TriviaQA (JSON): 5-shot, greedy, exact match, and
               whether a right answer is within the answer (Table 3). Ratios are reached on the next 64 questions
-  mtbench     MT-Bench's or Vicuna's question.jsonl: answers of all turns, as FastChat's judge reads them (Table 2,
+  mtbench     MT-Bench's or Vicuna's question.jsonl: answers to all turns, for judge.py or FastChat's judge (Table 2,
               Figure 4)
-  summarize   CNN/DailyMail, CSV or JSONL: ROUGE-L against the reference by length of the story (Figure 3)
+  summarize   CNN/DailyMail, CSV or JSONL: summaries, for judge.py, by length of the story (Figure 3)
   collapse    prompts (JSONL with "turns" or "text"): repetition, and the first token that differs from the dense text
               (Figure 1)
   worstcase   as collapse: the share of tokens for which nothing at all was skipped (Table 6)

@@ -21,13 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from readers import load_stories, load_turns
 from table import add_record, read_records
-from tasks import SUMMARIZE
 
 from support import common
-from support.measuring import numbered_jsonl
+from support.measuring import read_jsonl
 
 QUALITY = dict(quality="Does it serve the person who asked: is it correct, well reasoned, helpful and complete enough?")
-CRITERIA = dict(  # the paper's four for summaries
+SUMMARY = dict(  # the paper's four for summaries
     coherence="Do the sentences follow from each other, and make one text with a clear order?",
     consistency="Is everything in it supported by the story, with nothing invented or turned around?",
     fluency="Is it good language: grammatical, easy to read, without repetition or broken words?",
@@ -52,14 +51,13 @@ def parse_ratings(reply):
 
 
 def read_items(path):
-    """{question_id, or the number of a story: the record of its answer}"""
-    records = numbered_jsonl(path, "choices", "summary", "counts")  # the last, since a summary may be empty
-    return {record.get("question_id", line): record for line, record in records}
+    """{question_id: the record of its answer}"""
+    return {record["question_id"]: record for record in read_jsonl(path, "choices")}
 
 
 def written(record, turns):
     """What an assistant wrote, with the questions between if there are several."""
-    first, *others = [record["summary"]] if "summary" in record else record["choices"][0]["turns"]
+    first, *others = record["choices"][0]["turns"]
     for asked, text in zip(turns[1:], others):
         first += f"\n\n[Asked next: {asked}]\n\n{text}"
     return first
@@ -91,35 +89,25 @@ class Judge:
         self.unparsed += ratings is None
         return ratings
 
-    def rows(self, item, ours, theirs, turns, category, against):
+    def rows(self, task, ours, theirs, against):
         """One row of the CSV per criterion; its scores are empty if one of the two replies has no ratings."""
-        a, b = written(ours, turns), written(theirs, turns)
-        group, criteria = dict(category=category), QUALITY
-        if "summary" in ours:
-            group, criteria = dict(length=ours.get("size", "")), CRITERIA
+        a, b = written(ours, task["turns"]), written(theirs, task["turns"])
+        group, criteria = dict(category=task.get("category", "")), QUALITY
+        if "length" in task:
+            group, criteria = dict(length=task["length"]), SUMMARY
         skipped, past, *_ = ours.get("counts") or (0, 0)
         ratio, log = f"{100 * skipped / past:.4g}" if past else "", self.path.stem  # evaluate.py's POLICY-RATIO-MATCH
-        columns = dict(log=log, policy=re.split(r"-[\d.e-]*-(ffn|bytes)", log)[0], question_id=item, **group)
+        policy = re.split(r"-[\d.e-]*-(ffn|bytes)", log)[0]
+        columns = dict(log=log, policy=policy, question_id=task["question_id"], **group)
         for name, meaning in criteria.items():
-            about = dict(task=turns[0], criterion=f"{name}. {meaning}")
-            first = self.ask(ASK.format(a=a, b=b, **about), item=item, criterion=name, order="reference last")
-            last = self.ask(ASK.format(a=b, b=a, **about), item=item, criterion=name, order="reference first")
+            about = dict(task=task["turns"][0], criterion=f"{name}. {meaning}")
+            kept = dict(item=task["question_id"], criterion=name)
+            first = self.ask(ASK.format(a=a, b=b, **about), **kept, order="reference last")
+            last = self.ask(ASK.format(a=b, b=a, **about), **kept, order="reference first")
             score, other = "", ""
             if first and last:
                 score, other = (first[0] + last[1]) / 2, (first[1] + last[0]) / 2
             yield columns | {"criterion": name, "skip_ratio_percent": ratio, against: other, "score": score}
-
-
-def read_tasks(options, summaries):
-    """{question_id, or the number of a story: (its turns, its category or number of words)}"""
-    tasks = {}
-    if summaries:
-        for i, (story, _) in enumerate(load_stories(options.data, options), start=1):
-            tasks[i] = [SUMMARIZE.format(story)], len(story.split())
-    else:
-        for question in load_turns(options.data):
-            tasks[question["question_id"]] = question["turns"], question.get("category", "")
-    return tasks
 
 
 def parse_args(argv):
@@ -149,16 +137,19 @@ def main(argv=None):
     dense = [file for file in answers if file.stem.startswith("dense-")]
     if not options.reference and (len(dense) != 1 or len(answers) < 2):
         raise ValueError("ANSWERS need to be one file of the dense model's and others, or give --reference FILE")
+    load = load_turns
+    if "length" in next(iter(answers[options.answers[0]].values())):
+        load = load_stories
     reference = read_items(options.reference) if options.reference else answers.pop(dense[0])
     against = "score_reference" if options.reference else "score_dense"
-    tasks = read_tasks(options, "summary" in next(iter(reference.values())))
+    tasks = {task["question_id"]: task for task in load(options.data, options)}
     rows, lines = [], []
     for file, items in answers.items():
         judge = Judge(options, file)
         for item in common.progress([item for item in items if item in reference], file.stem):
-            if item not in tasks or items[item].get("words") not in (None, tasks[item][1]):
+            if item not in tasks or tasks[item].get("words") != items[item].get("words"):
                 raise ValueError(f"{file}: answers what is not item {item} of {options.data} with this --per-class")
-            rows += judge.rows(item, items[item], reference[item], *tasks[item], against)
+            rows += judge.rows(tasks[item], items[item], reference[item], against)
         lines.append(f"{file.stem}: {judge.unparsed} replies without ratings")
     if not rows:
         raise ValueError("ANSWERS and the reference answer no question in common")

@@ -12,7 +12,9 @@ from pathlib import Path
 from support.common import read_utf8
 from support.measuring import numbered_jsonl, read_jsonl, read_text
 
-CLASSES = dict(small=470, medium=790, large=math.inf)  # the paper's three lengths of a story: its most words
+LENGTHS = dict(small=470, medium=790, large=math.inf)  # the paper's three kinds of a story: its most words
+SUMMARIZE = ("Summarize the given story in less than 150 words while preserving high coherence, consistency, fluency, "
+             "and relevance.\n\n")  # the paper's; the story follows
 
 
 def load_text(path, options=None):
@@ -68,10 +70,10 @@ def question_json(path):
     return questions
 
 
-def load_stories(path, options=None):
+def load_stories(path, options):
     """
-    [(story, reference summary)]: CSV or JSONL with article or text, and highlights, summary or y. With
-    options.per_class so many of each length, the first in the file, or as many as there are.
+    Records with the keys of MT-Bench's questions, one per story of a CSV or JSONL file with a column `article` or
+    `text` (CNN/DailyMail). With options.per_class so many of each length, the first in the file.
     """
     if Path(path).suffix == ".jsonl":
         rows = numbered_jsonl(path, "article", "text")
@@ -82,22 +84,17 @@ def load_stories(path, options=None):
             rows = [(reader.line_num, record) for record in reader]  # the last line of each
     if not rows:
         raise ValueError(f"{path}:1: no story in it")
-    stories, by_class = [], {size: [] for size in CLASSES}
+    stories, numbers = [], dict.fromkeys(LENGTHS, 0)
     for n, record in rows:
         story = record.get("article") or record.get("text")
-        summary = record.get("highlights") or record.get("summary") or record.get("y")
-        if not isinstance(story, str) or not isinstance(summary, str):
-            raise ValueError(f"{path}:{n}: expected a story (article or text) and a summary (highlights, summary or y)")
-        stories.append((story, summary))
-        by_class[length_class(story)].append((story, summary))
-    if options is None or options.per_class is None:
-        return stories
-    return [story for own in by_class.values() for story in own[: options.per_class]]
-
-
-def length_class(story):
-    words = len(story.split())
-    return next(size for size, most in CLASSES.items() if words <= most)
+        if not isinstance(story, str):
+            raise ValueError(f"{path}:{n}: expected a story (article or text)")
+        words = len(story.split())
+        length = next(name for name, most in LENGTHS.items() if words <= most)
+        numbers[length] += 1
+        if options.per_class is None or numbers[length] <= options.per_class:
+            stories.append(dict(question_id=n, length=length, words=words, turns=[SUMMARIZE + story]))
+    return stories
 
 
 def load_prompts(path, options=None):

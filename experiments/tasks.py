@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from readers import CLASSES, length_class, load_prompts, load_questions, load_stories, load_text, load_turns
+from readers import load_prompts, load_questions, load_stories, load_text, load_turns
 from table import add_record, columns, read_records
 
 from generate import generate_batch
@@ -24,8 +24,6 @@ from support.tracing import Trace, saved_blocks
 
 CHAT = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. USER: {} ASSISTANT:")
-SUMMARIZE = ("Summarize the given story in less than 150 words while preserving high coherence, consistency, fluency, "
-             "and relevance.\n\n{}")
 QUESTION = ("Question: What is the capital of Italy?\nAnswer: Rome\n\n"
             "Question: Who wrote the play Hamlet?\nAnswer: William Shakespeare\n\n"
             "Question: Which planet is known as the Red Planet?\nAnswer: Mars\n\n"
@@ -59,18 +57,6 @@ def normalise(text):
     """SQuAD's and TriviaQA's: lower case, without punctuation, articles and double spaces."""
     text = re.sub(f"[{re.escape(string.punctuation)}‘’´`_]", " ", text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def rouge_l(answer, reference):
-    """F1 of the longest common subsequence of words (Lin 2004), 0 to 1; lower case, no stemming."""
-    a, b = re.findall(r"\w+", answer.lower()), re.findall(r"\w+", reference.lower())
-    row = [0] * (len(b) + 1)
-    for word in a:
-        last = row
-        row = [0]
-        for j, other in enumerate(b):
-            row.append(last[j] + 1 if word == other else max(last[j + 1], row[j]))
-    return 2 * row[-1] / max(1, len(a) + len(b))
 
 
 def longest_loop(ids, longest_period=64):
@@ -231,11 +217,6 @@ def chat_ids(tokenizer, turns, context):
     return tokenizer.encode(text)
 
 
-def written_answer(tokenizer, text):
-    """What an assistant says, without a next question that it may go on with."""
-    return tokenizer.decode(text.ids).split("USER:")[0].strip()
-
-
 def collapse(model, tokenizer, policy, records, context):
     """
     Texts that do not stop at end-of-text, so that all have the same length; with --chat they do, as a user has them.
@@ -284,34 +265,36 @@ def worstcase(model, tokenizer, policy, records, context):
     return dict(**means(context, never=never), texts=len(texts), tokens=tokens, **ratios([t.counts for t in texts]))
 
 
-def mtbench(model, tokenizer, policy, records, context):
+def write_answers(model, tokenizer, policy, records, context):
     """
-    Both turns of each question, appended to OUTPUT/MODEL_ID.jsonl in FastChat's format for model answers. Put it under
-    data/mt_bench/model_answer/ of FastChat, and its gen_judgment.py asks GPT-4 for the scores.
+    An answer to every turn of each record (MT-Bench's questions, or stories to summarize), appended to
+    OUTPUT/MODEL_ID.jsonl in FastChat's format for model answers. judge.py has them scored; or put the file under
+    data/mt_bench/model_answer/ of FastChat, whose gen_judgment.py asks GPT-4.
     """
     answers = read_records(context.answers)
     done = {answer["question_id"] for answer in answers}
-    for record in records[: context.limit]:
-        if record["question_id"] in done:
-            continue
-        turns, counts, loops, tokens = [], [], [], 0
-        for question in record["turns"]:
-            prompt = chat_ids(tokenizer, [*turns, question], context)
-            (text,) = write_texts(model, tokenizer, policy, [prompt], context)
-            turns += [question, written_answer(tokenizer, text)]
-            counts.append(text.counts)
-            loops.append(longest_loop(text.ids))
-            tokens += len(text.ids)
-        add_record(context.answers, answers, dict(
-            question_id=record["question_id"],
-            answer_id=uuid.uuid4().hex[:22],
-            model_id=context.answers.stem,
-            choices=[dict(index=0, turns=turns[1::2])],
-            tstamp=time.time(),
-            counts=list(map(sum, zip(*counts))),
-            tokens=tokens,
-            loop=max(loops),
-        ))
+    left = [record for record in records[: context.limit] if record["question_id"] not in done]
+    for some in cut(left, context.batch_size):
+        talks, texts = [[] for _ in some], [[] for _ in some]  # turns of user and assistant; Texts
+        for turn in range(max(len(record["turns"]) for record in some)):
+            asked = [i for i, record in enumerate(some) if turn < len(record["turns"])]
+            for i in asked:
+                talks[i].append(some[i]["turns"][turn])
+            prompts = [chat_ids(tokenizer, talks[i], context) for i in asked]
+            for i, text in zip(asked, write_texts(model, tokenizer, policy, prompts, context)):
+                talks[i].append(tokenizer.decode(text.ids).split("USER:")[0].strip())  # it may go on with a question
+                texts[i].append(text)
+        for record, talk, own in zip(some, talks, texts):
+            about = {key: value for key, value in record.items() if key != "turns"}
+            add_record(context.answers, answers, about | dict(
+                answer_id=uuid.uuid4().hex[:22],
+                model_id=context.answers.stem,
+                choices=[dict(index=0, turns=talk[1::2])],
+                tstamp=time.time(),
+                counts=list(map(sum, zip(*[text.counts for text in own]))),
+                tokens=sum(len(text.ids) for text in own),
+                loop=max(longest_loop(text.ids) for text in own),
+            ))
     return dict(
         **means(context, looping=[int(answer["loop"] >= 32) for answer in answers]),
         answers=len(answers),
@@ -320,31 +303,13 @@ def mtbench(model, tokenizer, policy, records, context):
     )
 
 
-def summarize(model, tokenizer, policy, stories, context):
-    """Summaries by the paper's prompt, scored in all and by length of the story."""
-    answers = read_records(context.answers)
-    for some in cut(stories[len(answers) : context.limit], context.batch_size):
-        prompts = [chat_ids(tokenizer, [SUMMARIZE.format(story)], context) for story, _ in some]
-        texts = write_texts(model, tokenizer, policy, prompts, context)
-        for (story, reference), text in zip(some, texts):
-            summary = written_answer(tokenizer, text)
-            about = dict(size=length_class(story), words=len(story.split()), rouge_l=rouge_l(summary, reference))
-            add_record(context.answers, answers, about | dict(summary=summary, counts=text.counts))
-    scores = {"rouge_l": [], **{f"rouge_l_{size}": [] for size in CLASSES}}
-    for answer in answers:
-        scores["rouge_l"].append(answer["rouge_l"])
-        scores[f"rouge_l_{answer['size']}"].append(answer["rouge_l"])
-    numbers = {f"{name}_n": len(values) for name, values in scores.items()}
-    return dict(**means(context, **scores), **numbers, **ratios([answer["counts"] for answer in answers]))
-
-
 WRITTEN = dict(mtbench=1024, summarize=256, worstcase=512, collapse=256)  # the model writes: so many tokens at most
 TASKS = {
     "perplexity": (load_text, perplexity),
     "warmup": (load_text, perplexity),
     "factoid": (load_questions, factoid),
-    "mtbench": (load_turns, mtbench),
-    "summarize": (load_stories, summarize),
+    "mtbench": (load_turns, write_answers),
+    "summarize": (load_stories, write_answers),
     "collapse": (load_prompts, collapse),
     "worstcase": (load_prompts, worstcase),
 }

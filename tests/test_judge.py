@@ -179,17 +179,16 @@ def test_summaries_are_judged_by_four_criteria(tmp_path, endpoint):
     folder = tmp_path / "summarize"
     folder.mkdir()
     for name, word in ("dense--ffn", "good"), ("random-0.15-ffn", "bad"):
-        answers = [dict(size="small", words=3, summary=f"A {word} one.", counts=[1, 20, 1, 20]) for _ in range(2)]
-        write_jsonl(folder / f"{name}.jsonl", *answers)
+        about = dict(length="small", words=3, choices=[dict(turns=[f"A {word} one."])], counts=[1, 20, 1, 20])
+        write_jsonl(folder / f"{name}.jsonl", *(dict(question_id=i, **about) for i in (2, 3)))  # lines of the file
     judge.main(arguments(folder, tmp_path / "stories.csv", endpoint, "--output", tmp_path / "x.csv"))
     rows = plot.read(tmp_path / "x.csv")
     assert [row["criterion"] for row in rows] == ["coherence", "consistency", "fluency", "relevance"] * 2
     assert {(row["length"], row["score"], row["score_dense"]) for row in rows} == {("small", 4.0, 8.0)}
     assert len(endpoint.asked) == 16 and "The story 1." in endpoint.asked[-1]["messages"][0]["content"]
-    write_csv(
-        tmp_path / "stories.csv", ["", "text", "y"], *[[i, "Another story, of more words.", "Short."] for i in range(2)]
-    )
-    with pytest.raises(ValueError, match="random.*answers what is not item 1"):
+    other = [[i, "Another story, of more words.", "Short."] for i in range(2)]
+    write_csv(tmp_path / "stories.csv", ["", "text", "y"], *other)
+    with pytest.raises(ValueError, match="random.*answers what is not item 2"):
         judge.main(arguments(folder, tmp_path / "stories.csv", endpoint, "--output", tmp_path / "x.csv"))
 
 

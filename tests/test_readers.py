@@ -31,23 +31,32 @@ def test_questions_of_a_sorted_file_are_in_one_random_order(tmp_path):
     assert order == [int(question) for question, _ in readers.load_questions(file)]
 
 
+ALL = SimpleNamespace(per_class=None)
+
+
 def test_stories_in_both_formats(tmp_path):
     write_data(tmp_path)
-    stories = readers.load_stories(tmp_path / "stories.csv")
-    assert len(stories) == 3 and stories[0] == (STORY * 2, "A fox jumps.")
+    first, *others = readers.load_stories(tmp_path / "stories.csv", ALL)
+    about = dict(question_id=2, length="small", words=34)
+    assert first == about | dict(turns=[readers.SUMMARIZE + STORY * 2])
+    assert [story["length"] for story in others] == ["medium", "large"]
     write_csv(tmp_path / "cnn.csv", ["id", "article", "highlights"], ["1", "Long\nstory.", "Short."])
-    assert readers.load_stories(tmp_path / "cnn.csv") == [("Long\nstory.", "Short.")]
-    write_jsonl(tmp_path / "stories.jsonl", dict(article="A.", highlights="B."), dict(text="C.", summary="D."))
-    assert readers.load_stories(tmp_path / "stories.jsonl") == [("A.", "B."), ("C.", "D.")]
+    (story,) = readers.load_stories(tmp_path / "cnn.csv", ALL)
+    assert story["turns"] == [readers.SUMMARIZE + "Long\nstory."]
+    write_jsonl(tmp_path / "stories.jsonl", dict(article="A.", highlights="B."), dict(text="C."))
+    stories = readers.load_stories(tmp_path / "stories.jsonl", ALL)
+    assert [story["turns"][0][-2:] for story in stories] == ["A.", "C."]
 
 
 def test_so_many_stories_of_each_length(tmp_path):
-    stories = [dict(article="word " * n, highlights=str(n)) for n in (790, 470, 791, 471, 1, 900, 2)]
-    write_jsonl(tmp_path / "stories.jsonl", *stories)
+    sizes = 790, 470, 791, 471, 1, 900, 2
+    write_jsonl(tmp_path / "stories.jsonl", *(dict(article="word " * n) for n in sizes))
     chosen = readers.load_stories(tmp_path / "stories.jsonl", SimpleNamespace(per_class=2))
-    assert [reference for _, reference in chosen] == ["470", "1", "790", "471", "791", "900"]
+    assert [(story["words"], story["length"]) for story in chosen] == [
+        (790, "medium"), (470, "small"), (791, "large"), (471, "medium"), (1, "small"), (900, "large")
+    ]  # fmt: skip
     one = readers.load_stories(tmp_path / "stories.jsonl", SimpleNamespace(per_class=1))
-    assert [reference for _, reference in one] == ["470", "790", "791"]
+    assert [story["words"] for story in one] == [790, 470, 791]
 
 
 def test_questions_of_one_turn_as_vicuna_has_them(tmp_path):
@@ -77,16 +86,16 @@ def test_text_and_prompts(tmp_path):
         (readers.load_text, "t.raw", " \n", 1),
         (readers.load_prompts, "p.jsonl", '{"text": "a"}\n\n[1]\n', 3),
         (readers.load_prompts, "p.jsonl", '{"turns": null}\n', 1),
-        (readers.load_stories, "s.csv", "text,y\nx,z\nx\n", 3),
+        (readers.load_stories, "s.csv", "id,text\n1,x\n2\n", 3),
         (readers.load_stories, "s.csv", "", 1),
-        (readers.load_stories, "s.jsonl", '{"text": "a"}\n', 1),
-        (readers.load_stories, "s.jsonl", '{"text": "a", "y": "b"}\n\n{"text": "a"}\n', 3),
+        (readers.load_stories, "s.jsonl", '{"docs": "a"}\n', 1),
+        (readers.load_stories, "s.jsonl", '{"text": "a"}\n\n{"text": ["a"]}\n', 3),
     ],
 )
 def test_bad_files_are_named_with_the_line(tmp_path, load, name, text, line):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError) as error:
-        load(tmp_path / name)
+        load(tmp_path / name, ALL)
     assert str(error.value).startswith(f"{tmp_path / name}:{line}: ")
 
 

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 from policies import baselines
 import pytest
+import readers
 import tasks
 import torch
 from tasks import Context
-from tiny import STORY, Bytes, close, tiny_model, write_data
+from tiny import STORY, Bytes, tiny_model, write_jsonl
 
 from support.common import first_difference
 from generate import generate
@@ -25,15 +26,6 @@ def test_normalise():
     assert tasks.normalise("  The  Beatles! ") == tasks.normalise("beatles") == "beatles"
     assert tasks.normalise("A Tale of Two-Cities") == "tale of two cities"
     assert tasks.normalise("than") == "than"  # articles are words, not letters
-
-
-def test_rouge_l_by_hand():
-    assert tasks.rouge_l("The cat sat.", "the cat sat") == 1
-    assert tasks.rouge_l("police killed the gunman", "police kill the gunman") == pytest.approx(0.75)  # Lin 2004, S2
-    assert tasks.rouge_l("the gunman kill police", "police kill the gunman") == pytest.approx(0.5)  # Lin 2004, S3
-    assert tasks.rouge_l("a b c d", "b d") == pytest.approx(2 * 1 * 0.5 / 1.5)
-    assert tasks.rouge_l("the the the", "the") == tasks.rouge_l("the", "the the the") == 0.5  # a word matches once
-    assert tasks.rouge_l("", "x") == tasks.rouge_l("y", "x") == 0
 
 
 def test_repetition_by_hand():
@@ -85,12 +77,14 @@ def prompted(monkeypatch):
 def test_the_prompts_are_those_of_the_paper(model, prompted, tmp_path):
     question = "How can I improve my time management skills?"  # the paper's example
     context = Context(max_new_tokens=4, answers=tmp_path / "answers.jsonl")
-    tasks.mtbench(model, Bytes(), dense, [dict(question_id=1, turns=[question])], context)
+    tasks.write_answers(model, Bytes(), dense, [dict(question_id=1, turns=[question])], context)
     assert prompted.pop() == PAPER_CHAT.replace("<QUESTION>", question)
     tasks.collapse(model, Bytes(), dense, [dict(turns=[question, "And then?"])], context)
     assert prompted.pop() == PAPER_CHAT.replace("<QUESTION>", question)  # the first turn
     context.answers = tmp_path / "summaries.jsonl"
-    tasks.summarize(model, Bytes(), dense, [(STORY, "A fox jumps.")], context)
+    write_jsonl(tmp_path / "stories.jsonl", dict(article=STORY, highlights="A fox jumps."))
+    stories = readers.load_stories(tmp_path / "stories.jsonl", SimpleNamespace(per_class=None))
+    tasks.write_answers(model, Bytes(), dense, stories, context)
     assert prompted.pop() == PAPER_SUMMARY.replace("<STORY>", STORY) and not prompted
 
 
@@ -136,7 +130,7 @@ def test_the_second_turn_of_mtbench_is_asked_after_the_first_and_its_answer(mode
         alone = answer(PAPER_CHAT.replace("<QUESTION>", "Say it again."))
     assert second != alone  # else the test shows nothing
     records = [dict(question_id=81, turns=["Say 81.", "Say it again."])]
-    row = tasks.mtbench(model, Bytes(), policy, records, context)
+    row = tasks.write_answers(model, Bytes(), policy, records, context)
     (written,) = map(json.loads, context.answers.read_text().splitlines())
     assert written["choices"] == [dict(index=0, turns=[first, second])] and written["model_id"] == "answers"
     assert row["answers"] == 1 and row["ffn_saved_ratio"] > 0
@@ -290,11 +284,15 @@ def test_worstcase_by_hand(model):
     assert 0 < result["never"] < 1
 
 
-def test_summaries_are_scored_by_the_length_of_their_story(model, tmp_path):
-    stories = [("word " * n, "Words.") for n in (470, 471, 790, 791)]
-    context = Context(max_new_tokens=8, batch_size=3, answers=tmp_path / "a.jsonl")
-    row = tasks.summarize(model, Bytes(), dense, stories, context)
-    assert [row[f"rouge_l_{size}_n"] for size in ("small", "medium", "large")] == [1, 2, 1]
-    answers = [json.loads(line) for line in context.answers.read_text().splitlines()]
-    assert [answer["words"] for answer in answers] == [470, 471, 790, 791]
-    assert row["rouge_l"] == pytest.approx(sum(tasks.rouge_l(a["summary"], "Words.") for a in answers) / 4)
+def test_answers_are_those_of_each_record_alone(model, tmp_path):
+    """Whatever else is in a batch, and however many turns it has; what describes a record is kept beside them."""
+    turns = ["Say 1."], ["Say 22.", "Say it again."], ["Say 333."]
+    records = [dict(question_id=i, length="small", words=2, turns=own) for i, own in enumerate(turns)]
+    together = Context(max_new_tokens=8, batch_size=3, answers=tmp_path / "together.jsonl")
+    row = tasks.write_answers(model, Bytes(), dense, records, together)
+    alone = Context(max_new_tokens=8, batch_size=1, answers=tmp_path / "alone.jsonl")
+    assert tasks.write_answers(model, Bytes(), dense, records, alone) == row and row["answers"] == 3
+    both = [map(json.loads, context.answers.read_text().splitlines()) for context in (together, alone)]
+    for record, a, b in zip(records, *both):
+        assert a["choices"] == b["choices"] and a["counts"] == b["counts"] and a["length"] == "small"
+        assert len(a["choices"][0]["turns"]) == len(record["turns"])
