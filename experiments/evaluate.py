@@ -1,5 +1,5 @@
 """
-Measure skip policies on a task: a table on the screen and a CSV, one row per policy and ratio.
+Measure skip policies on a task: a CSV with a row per policy and ratio, and a table of its first score.
 
     python experiments/evaluate.py perplexity --data wiki.test.raw --calibration wiki.train.raw
     python experiments/evaluate.py factoid --data FreebaseQA-eval.json --policies dense,ffnskip,random --skip 0.05,0.25
@@ -45,9 +45,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import plot
 from at_ratio import describe, make_policy, on_text
 from readers import load_text
-from table import Table, cell
+from table import Table, cell, read
 from tasks import TASKS, WRITTEN, Context, full_windows, held_out
 
 import policies
@@ -270,9 +271,9 @@ def main(argv=None):
         table.add(key | dict(policy=edition(name)), columns, row.scores)
         shown = list(table.rows[-1].items())[5:12]
         print(f"{label}: {' '.join(map('='.join, shown))}", file=sys.stderr)
-    print(table)
     if table.rows:
-        print(f"[written to {table.path}]", file=sys.stderr)
+        plot.table(read(table.path), table.columns[9], by_bytes=False)  # the task's first score
+        print(f"[written to {table.path}; plot.py prints its other columns]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """
-How stand-ins are fitted, and on what: regressions in closed form, and what the backward pass says an error costs. The
-derivation is in docs/standins.md; standins.py is the policy, its file and the command line. In shapes, tokens are those
-of all calibration windows past the warm-up, r is the rank, and n the number of maps of a layer.
+Fit the stand-ins of policies/standins.py to a checkpoint, on text of yours and on chat that the model writes about it:
+
+    python experiments/fit_standins.py --text c4.jsonl wiki.train.raw     the demo model; --ckpt: another one
+
+Regressions have a closed form, and the backward pass tells what an error costs: docs/standins.md has the derivation. In
+shapes, tokens are those of all calibration windows past the warm-up, r is the rank, and n the number of maps per layer.
 """
 
 import math
@@ -11,18 +14,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import policies
 from generate import written_windows
 from load_weights import load
-from policies.standins import PARTS, WARM_UP_INDEX, StandIns, add_maps, cap, centre_offset, find_budgets, fingerprint, nearest, ready
-from safetensors.torch import save_file
+from model import KVCache
+from policies import standins
 from support import common
 from support.cache import fork
 from support.measuring import as_tokens, quality, quality_table, read_text, text_windows
-from model import KVCache
 
 DRAWS = 2  # of labels; with one, what is harmless by chance hides what is so by nature
 TEMPERATURE = 2.0  # of the labels: confident text, such as a greedy answer, is not free to skip
@@ -74,7 +77,7 @@ def find_centres(x, n, steps=12):
     """(n, dim): k-means of x (tokens, dim), from n tokens drawn at random (Lloyd 1982)."""
     centre = x[torch.randperm(len(x))[:n]]
     for _ in range(steps):
-        cell = nearest(x, centre, centre_offset(centre))
+        cell = standins.nearest(x, centre, standins.centre_offset(centre))
         for i in cell.unique():
             centre[i] = x[cell == i].mean(0)
     return centre
@@ -125,7 +128,7 @@ def new_step(model, ids, prompt_len):
 
 def may_skip(step):
     """(seq,) bool on the host: the tokens of a window that may skip."""
-    return step.token_index[0] > WARM_UP_INDEX
+    return step.token_index[0] > standins.WARM_UP_INDEX
 
 
 def pull_back(out, x, gradient):
@@ -176,7 +179,7 @@ def fit(model, windows, gradient, n, rank, log_budget=-math.inf):
     layers see the states that earlier stand-ins leave, and each is fitted again with the tokens that skip counted five
     times. Every fifth window is held: only the line that mends the probe's scale is fitted to it.
     """
-    fitted, predictions = {name: [] for name in PARTS}, []
+    fitted, predictions = {name: [] for name in standins.PARTS}, []
     states = [model.tok_embeddings(as_tokens(model, ids)) for ids, _ in windows]
     steps = [new_step(model, *window)[1] for window in windows]
     wheres = [may_skip(step) for step in steps]
@@ -193,17 +196,17 @@ def fit(model, windows, gradient, n, rank, log_budget=-math.inf):
         g, normed, out = torch.cat(g).float(), torch.cat(normed).float(), torch.cat(out).float()
         weight = torch.ones(len(normed), device=normed.device)
         centre = find_centres(normed[~held], n)
-        cell = nearest(normed, centre, centre_offset(centre))
+        cell = standins.nearest(normed, centre, standins.centre_offset(centre))
         for _ in range(1 if log_budget == -math.inf else 2):
             down, up, mean = fit_maps(normed[~held], out[~held], weight[~held], cell[~held], len(centre), rank)
-            error = add_maps(mean[cell] - out, normed, cell, down, up)
+            error = standins.add_maps(mean[cell] - out, normed, cell, down, up)
             harm = torch.einsum("td,tkd->tk", error, g).square().mean(1) / 2 + 1e-12
             probe, bias = fit_probe(normed, harm, weight, held)
             prediction = normed @ probe + bias
             skips = prediction < log_budget
             weight = 1 + 4 * skips.float()
         probe = probe * layer.ffn_norm.weight  # of h by its root mean square instead, so that no norm need run
-        for name, value in zip(PARTS, (down, up, mean, centre, probe, bias)):
+        for name, value in zip(standins.PARTS, (down, up, mean, centre, probe, bias)):
             fitted[name].append(value)
         predictions.append(prediction)
         changes = (error * skips[:, None]).to(states[0].dtype).split([where.sum().item() for where in wheres])
@@ -228,22 +231,25 @@ def chat_windows(model, tokenizer, text, n, apart, n_new=192):
     n windows (ids, prompt_len): REQUESTS about sentences of the text, and the model's greedy answers. Sentences that
     the text `apart` has are left out.
     """
-    sentences = [re.split(r"(?<=[.!?])\s", line.strip())[0] for line in text.split("\n")]
-    sentences = [sentence for sentence in sentences if 20 < len(sentence) < 200]
-    windows, prompts, batch = [], [], 32
-    longest = model.args.max_seq_len - WARM_UP_INDEX - 10
+    sentences, prompts, windows, batch = [], [], [], 32
+    for line in text.split("\n"):
+        sentence = re.split(r"(?<=[.!?])\s", line.strip())[0]
+        if 20 < len(sentence) < 200:
+            sentences.append(sentence)
+    longest = model.args.max_seq_len - standins.WARM_UP_INDEX - 10
     for i, sentence in enumerate(sentences[:: max(1, len(sentences) // n)][:n]):
         if sentence in apart:
             continue
         try:
             message = REQUESTS[i % len(REQUESTS)].format(sentence)
-            prompts.append(tokenizer.chat([dict(role="user", content=message)]))
+            prompt = tokenizer.chat([dict(role="user", content=message)])
         except ValueError:  # no chat template: a model that goes on writing
-            prompts.append(tokenizer.encode(sentence))
-    prompts = [prompt for prompt in prompts if len(prompt) <= longest]
+            prompt = tokenizer.encode(sentence)
+        if len(prompt) <= longest:
+            prompts.append(prompt)
     for start in range(0, len(prompts), batch):
         windows += written_windows(model, prompts[start : start + batch], n_new, 0, 0.0, tokenizer.eos_ids)
-    return [(ids, prompt_len) for ids, prompt_len in windows if len(ids) - prompt_len > WARM_UP_INDEX + 9]
+    return [(ids, prompt_len) for ids, prompt_len in windows if len(ids) - prompt_len > standins.WARM_UP_INDEX + 9]
 
 
 def gather(model, tokenizer, options):
@@ -272,7 +278,7 @@ def parse_args(argv):
     add("--text", nargs="+", required=True, metavar="FILE", help='plain text or JSON lines with a key "text"')
     add("--tokens", type=common.positive, default=10240, metavar="N", help="of text to work on (default 10240)")
     add("--maps", type=common.positive, default=16, metavar="N", help="to choose from, per layer (default 16)")
-    add("--rank", type=int, default=64, metavar="R", help="of a map (default 64); 0: nothing stands in, to compare")
+    add("--rank", type=int, default=64, metavar="R", help="of a map (default 64); 0: blocks are skipped without a map")
     add("--out", metavar="FILE", help="default: standins.safetensors beside the checkpoint")
     return parser.parse_args(argv)
 
@@ -287,21 +293,23 @@ def main(argv=None):
         raise ValueError(f"--rank {options.rank} is not from 0 to the model's width {model.args.dim}")
     windows, text_held, chat_held = gather(model, tokenizer, options)
     fitted = fit_twice(model, windows, options.maps, options.rank, options.seed)
-    parts = ready(fitted, model.tok_embeddings.weight.dtype)
+    parts = standins.ready(fitted, model.tok_embeddings.weight.dtype)
     shares = 0.05, 0.1, 0.15, 0.2, 0.25, 0.3
-    found = find_budgets(model, parts, [(skip, cap(model, skip)) for skip in shares], chat_held)
+    found = standins.find_budgets(model, parts, [(skip, standins.cap(model, skip)) for skip in shares], chat_held)
     budgets = list(zip(shares, found))
     reference, measured = {}, {}
     tried = {"dense": -math.inf, "budget of 15 % of chat": budgets[2][1], "budget of 25 % of chat": budgets[4][1]}
     for name, log_budget in tried.items():
-        policy = StandIns(parts, log_budget, model.args.n_layers)
+        policy = standins.StandIns(parts, log_budget, model.args.n_layers)
         measured[name] = quality(model, text_held, policy, reference)
-    about = dict(model=common.model_name(ckpt), weights=fingerprint(model), maps=options.maps, rank=options.rank,
-                 seed=options.seed, budgets=budgets, quality=list(measured.values()),
-                 corpus=[Path(file).name for file in options.text], tokens=sum(len(ids) for ids, _ in windows),
-                 text_held=text_held, chat_held=chat_held)
-    save_file({name: value.contiguous().cpu() for name, value in fitted.items()}, out,
-              {name: common.to_json(value) for name, value in about.items()})
+    about = dict(
+        model=common.model_name(ckpt), weights=standins.fingerprint(model), maps=options.maps, rank=options.rank,
+        seed=options.seed, budgets=budgets, quality=list(measured.values()),
+        corpus=[Path(file).name for file in options.text], tokens=sum(len(ids) for ids, _ in windows),
+        text_held=text_held, chat_held=chat_held,
+    )  # fmt: skip
+    tensors = {name: value.contiguous().cpu() for name, value in fitted.items()}
+    save_file(tensors, out, {name: common.to_json(value) for name, value in about.items()})
     print(*quality_table(measured), f"written to {out}", sep="\n")
 
 

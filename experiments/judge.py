@@ -115,7 +115,6 @@ def parse_args(argv):
     add = parser.add_argument
     add("answers", nargs="+", type=Path, metavar="ANSWERS", help="JSONL files of evaluate.py mtbench or summarize")
     add("--data", required=True, metavar="FILE", help="the questions or stories that were answered")
-    add("--per-class", type=common.positive, metavar="N", help="as in the command that wrote the summaries")
     add("--reference", type=Path, metavar="FILE", help="answers to compare with; default: the dense ones of ANSWERS")
     add("--base-url", required=True, metavar="URL", help="of the endpoint, mostly ending in /v1")
     add("--model", required=True, metavar="NAME", help="the judge, as the endpoint calls it")
@@ -137,18 +136,16 @@ def main(argv=None):
     dense = [file for file in answers if file.stem.startswith("dense-")]
     if not options.reference and (len(dense) != 1 or len(answers) < 2):
         raise ValueError("ANSWERS need to be one file of the dense model's and others, or give --reference FILE")
-    load = load_turns
-    if "length" in next(iter(answers[options.answers[0]].values())):
-        load = load_stories
+    load = load_stories if "length" in next(iter(answers[options.answers[0]].values())) else load_turns
     reference = read_items(options.reference) if options.reference else answers.pop(dense[0])
     against = "score_reference" if options.reference else "score_dense"
-    tasks = {task["question_id"]: task for task in load(options.data, options)}
+    tasks = {task["question_id"]: task for task in load(options.data)}
     rows, lines = [], []
     for file, items in answers.items():
         judge = Judge(options, file)
         for item in common.progress([item for item in items if item in reference], file.stem):
             if item not in tasks or tasks[item].get("words") != items[item].get("words"):
-                raise ValueError(f"{file}: answers what is not item {item} of {options.data} with this --per-class")
+                raise ValueError(f"{file}: answers what is not item {item} of {options.data}")
             rows += judge.rows(tasks[item], items[item], reference[item], against)
         lines.append(f"{file.stem}: {judge.unparsed} replies without ratings")
     if not rows:

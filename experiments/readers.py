@@ -70,10 +70,10 @@ def question_json(path):
     return questions
 
 
-def load_stories(path, options):
+def load_stories(path, options=None):
     """
-    Records with the keys of MT-Bench's questions, one per story of a CSV or JSONL file with a column `article` or
-    `text` (CNN/DailyMail). With options.per_class so many of each length, the first in the file.
+    Records with the keys of MT-Bench's questions, one per story of a CSV or JSONL file whose column is called article
+    or text (CNN/DailyMail). With options.per_class so many of each length, the first in the file.
     """
     if Path(path).suffix == ".jsonl":
         rows = numbered_jsonl(path, "article", "text")
@@ -85,6 +85,7 @@ def load_stories(path, options):
     if not rows:
         raise ValueError(f"{path}:1: no story in it")
     stories, numbers = [], dict.fromkeys(LENGTHS, 0)
+    most_of_each = options and options.per_class or math.inf
     for n, record in rows:
         story = record.get("article") or record.get("text")
         if not isinstance(story, str):
@@ -92,7 +93,7 @@ def load_stories(path, options):
         words = len(story.split())
         length = next(name for name, most in LENGTHS.items() if words <= most)
         numbers[length] += 1
-        if options.per_class is None or numbers[length] <= options.per_class:
+        if numbers[length] <= most_of_each:
             stories.append(dict(question_id=n, length=length, words=words, turns=[SUMMARIZE + story]))
     return stories
 

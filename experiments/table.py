@@ -73,29 +73,14 @@ class Table:
         """Append a row, which begins with its key, and the scores of its items."""
         add_record(self.items, self.scores, key | dict(scores=scores))
         self.rows.append(as_cells(key | row))
-        out = io.StringIO()
-        writer = csv.DictWriter(out, self.columns or self.rows[-1], "", extrasaction="ignore", lineterminator="\n")
+        out, names = io.StringIO(), self.columns or list(self.rows[-1])
+        writer = csv.DictWriter(out, names, restval="", extrasaction="ignore", lineterminator="\n")
         if self.columns is None:
             writer.writeheader()
         writer.writerow(self.rows[-1])
         with open(self.path, "a", encoding="utf-8") as file:  # in one write, so that a row is there or not
             file.write(self.head + out.getvalue())
-        self.head, self.columns = "", writer.fieldnames
-
-    def __str__(self):
-        """For people: an interval stands in the cell of its mean."""
-        names = []
-        for name in self.columns or []:
-            if not name.endswith(("_low", "_high")) and name not in ("setting", "example"):
-                names.append(name)
-        lines = [names]
-        for row in self.rows:
-            line = []
-            for name in names:
-                low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-                line.append((row.get(name) or "-") + (f" [{low}, {high}]" if low else ""))
-            lines.append(line)
-        return "\n".join(common.table(lines))
+        self.head, self.columns = "", names
 
 
 def whole_lines(path):

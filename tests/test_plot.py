@@ -360,6 +360,6 @@ def test_what_evaluate_writes_is_drawn(tmp_path):
     command += ["--device", "cpu", "--policies", "dense,random,shortgpt", "--window", "64", "--data", "text.raw"]
     command += ["--limit", "128", "--warm-up-index=-1,8", "--prompt-tokens", "8"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENV)
-    assert done.returncode == 0 and "[written to out/warmup.csv]" in done.stderr, done.stderr
+    assert done.returncode == 0 and "[written to out/warmup.csv;" in done.stderr, done.stderr
     plot.main([str(tmp_path / "out"), "--out", str(tmp_path)])
     assert (tmp_path / "warmup.png").stat().st_size > 10000

@@ -31,20 +31,17 @@ def test_questions_of_a_sorted_file_are_in_one_random_order(tmp_path):
     assert order == [int(question) for question, _ in readers.load_questions(file)]
 
 
-ALL = SimpleNamespace(per_class=None)
-
-
 def test_stories_in_both_formats(tmp_path):
     write_data(tmp_path)
-    first, *others = readers.load_stories(tmp_path / "stories.csv", ALL)
+    first, *others = readers.load_stories(tmp_path / "stories.csv")
     about = dict(question_id=2, length="small", words=34)
     assert first == about | dict(turns=[readers.SUMMARIZE + STORY * 2])
     assert [story["length"] for story in others] == ["medium", "large"]
     write_csv(tmp_path / "cnn.csv", ["id", "article", "highlights"], ["1", "Long\nstory.", "Short."])
-    (story,) = readers.load_stories(tmp_path / "cnn.csv", ALL)
+    (story,) = readers.load_stories(tmp_path / "cnn.csv")
     assert story["turns"] == [readers.SUMMARIZE + "Long\nstory."]
     write_jsonl(tmp_path / "stories.jsonl", dict(article="A.", highlights="B."), dict(text="C."))
-    stories = readers.load_stories(tmp_path / "stories.jsonl", ALL)
+    stories = readers.load_stories(tmp_path / "stories.jsonl")
     assert [story["turns"][0][-2:] for story in stories] == ["A.", "C."]
 
 
@@ -95,7 +92,7 @@ def test_text_and_prompts(tmp_path):
 def test_bad_files_are_named_with_the_line(tmp_path, load, name, text, line):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError) as error:
-        load(tmp_path / name, ALL)
+        load(tmp_path / name)
     assert str(error.value).startswith(f"{tmp_path / name}:{line}: ")
 
 

@@ -93,7 +93,7 @@ def test_every_cell_has_a_map_of_its_own():
     x = torch.randn(400, 3).double() + 8 * group[:, None]
     y = torch.where(group[:, None] == 1, x - 8, -x)
     centre = fit_standins.find_centres(x, 2)
-    cell = fit_standins.nearest(x, centre, fit_standins.centre_offset(centre))
+    cell = standins.nearest(x, centre, standins.centre_offset(centre))
     assert torch.equal(cell, torch.cdist(x, centre).argmin(1)) and torch.equal(cell == cell[0], group == group[0])
     errors = []
     for n in 1, 2:

@@ -83,7 +83,7 @@ def test_the_prompts_are_those_of_the_paper(model, prompted, tmp_path):
     assert prompted.pop() == PAPER_CHAT.replace("<QUESTION>", question)  # the first turn
     context.answers = tmp_path / "summaries.jsonl"
     write_jsonl(tmp_path / "stories.jsonl", dict(article=STORY, highlights="A fox jumps."))
-    stories = readers.load_stories(tmp_path / "stories.jsonl", SimpleNamespace(per_class=None))
+    stories = readers.load_stories(tmp_path / "stories.jsonl")
     tasks.write_answers(model, Bytes(), dense, stories, context)
     assert prompted.pop() == PAPER_SUMMARY.replace("<STORY>", STORY) and not prompted
 
