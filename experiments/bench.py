@@ -179,8 +179,11 @@ def make_variants(model, options):
             policies += [("fixed", Planned(plan, monitored=False)), ("ffnskip", Planned(plan, monitored=True))]
             if "standins" in options.variants:  # whose maps take memory
                 policies.append(("standins", PlannedStandIns(plan, model, options.maps, options.rank)))
-    wanted = ["dense", *options.variants]
-    return [Variant(name, model, policy, options.batch, prompt, columns) for name, policy in policies if name in wanted]
+    variants = []
+    for name, policy in policies:
+        if name in ("dense", *options.variants):
+            variants.append(Variant(name, model, policy, options.batch, prompt, columns))
+    return variants
 
 
 def random_model(options, device):
@@ -343,8 +346,11 @@ def save(path, about, rows):
         if file.tell() == 0:
             writer.writeheader()
         for row in rows:
-            cells = {key: f"{v:.6g}" if isinstance(v, float) else v for key, v in (about | row).items()}
-            writer.writerow(cells)
+            row = about | row
+            for key, value in row.items():
+                if isinstance(value, float):
+                    row[key] = f"{value:.6g}"
+            writer.writerow(row)
 
 
 def device_name(device):

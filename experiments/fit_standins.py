@@ -180,10 +180,14 @@ def fit(model, windows, gradient, n, rank, log_budget=-math.inf):
     times. Every fifth window is held: only the line that mends the probe's scale is fitted to it.
     """
     fitted, predictions = {name: [] for name in standins.PARTS}, []
-    states = [model.tok_embeddings(as_tokens(model, ids)) for ids, _ in windows]
-    steps = [new_step(model, *window)[1] for window in windows]
-    wheres = [may_skip(step) for step in steps]
-    held = torch.cat([where[where] & (i % 5 == 4) for i, where in enumerate(wheres)])  # (tokens,)
+    states, steps, wheres, held = [], [], [], []
+    for i, (ids, prompt_len) in enumerate(windows):
+        tokens, step = new_step(model, ids, prompt_len)
+        states.append(model.tok_embeddings(tokens))
+        steps.append(step)
+        wheres.append(may_skip(step))
+        held.append(torch.full((wheres[-1].sum(),), i % 5 == 4))
+    held = torch.cat(held)  # (tokens,)
     for layer, g in zip(common.progress(model.layers, "fitting"), gradient):
         normed, out = [], []
         for i, where in enumerate(wheres):
@@ -209,9 +213,10 @@ def fit(model, windows, gradient, n, rank, log_budget=-math.inf):
         for name, value in zip(standins.PARTS, (down, up, mean, centre, probe, bias)):
             fitted[name].append(value)
         predictions.append(prediction)
-        changes = (error * skips[:, None]).to(states[0].dtype).split([where.sum().item() for where in wheres])
-        for state, where, change in zip(states, wheres, changes):
-            state[0, where] += change
+        changes, begin = (error * skips[:, None]).to(states[0].dtype), 0
+        for state, where in zip(states, wheres):
+            state[0, where] += changes[begin : begin + where.sum()]
+            begin += where.sum()
     return {name: torch.stack(values) for name, values in fitted.items()}, torch.stack(predictions)
 
 
@@ -249,7 +254,11 @@ def chat_windows(model, tokenizer, text, n, apart, n_new=192):
             prompts.append(prompt)
     for start in range(0, len(prompts), batch):
         windows += written_windows(model, prompts[start : start + batch], n_new, 0, 0.0, tokenizer.eos_ids)
-    return [(ids, prompt_len) for ids, prompt_len in windows if len(ids) - prompt_len > standins.WARM_UP_INDEX + 9]
+    long_enough = []
+    for ids, prompt_len in windows:
+        if len(ids) - prompt_len > standins.WARM_UP_INDEX + 9:
+            long_enough.append((ids, prompt_len))
+    return long_enough
 
 
 def gather(model, tokenizer, options):

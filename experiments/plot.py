@@ -70,9 +70,14 @@ def finish(axes, x_title, y_title):
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def skip_layers(rows):
+    """The policies that skip whole layers: they alone have rows at equal bytes."""
+    return {row["policy"] for row in rows if row["match"] == "bytes"}
+
+
 def against_ratio(figure, rows):
     """Perplexity and KL over the share of FFN blocks skipped; perplexity over bytes too, if layers are skipped."""
-    layer_skippers = {row["policy"] for row in rows if row["match"] == "bytes"}
+    layer_skippers = skip_layers(rows)
     panels = [("ffn", "ffn_skip_ratio", "perplexity_past_warm_up"), ("ffn", "ffn_skip_ratio", "kl")]
     if layer_skippers:
         panels.append(("bytes", "bytes_saved", "perplexity_past_warm_up"))
@@ -165,16 +170,15 @@ def heat_map(figure, rows):
 def draw(rows, path):
     """Draw the rows of one CSV, by its columns, as a PNG; return whether there is something to show."""
     first = rows[0] if rows else {}
-    shown = [row for row in rows if row.get("policy") != "dense"]
     if "layer_0" in first:
         fill = heat_map
     elif "variant" in first:
         fill = speed
     elif "log" in first:
         fill = points_lost
-    elif "perplexity_past_warm_up" in first and len({row["warm_up_index"] for row in shown}) > 1:
+    elif "perplexity_past_warm_up" in first and len(grouped(rows, "warm_up_index")) > 1:
         fill = against_warm_up
-    elif "perplexity_past_warm_up" in first and len({row["skip"] for row in shown}) > 1:
+    elif "perplexity_past_warm_up" in first and len(grouped(rows, "skip").keys() - {""}) > 1:
         fill = against_ratio
     else:
         return False
@@ -230,15 +234,17 @@ def table(rows, column, by_bytes):
     if missing:
         raise ValueError(f"no table of evaluate.py: it has no column {' or '.join(sorted(missing))}")
     if by_bytes:
-        layers = {row["policy"] for row in rows if row["match"] == "bytes"}
-    skips = sorted({row["skip"] for row in rows} - {""})
+        layers = skip_layers(rows)
+    skips = sorted(grouped(rows, "skip").keys() - {""})
     print_heading(["policy", *[f"{skip:.0%}" for skip in skips]])
     for policy, own in grouped(rows, "policy").items():
         lines = grouped([row for row in own if (row["match"] == "bytes") == (policy in layers)], "skip")
-        cells = []
-        for skip in ["", *skips[1:]] if "" in lines else skips:  # the dense model has no wanted ratio
+        cells, nothing, asked = [], "-", skips
+        if "" in lines:  # the dense model, which has no wanted ratio
+            nothing, asked = "", ["", *skips[1:]]
+        for skip in asked:
             found = [cell(row, column, ratio) for row in lines.get(skip, [])]
-            cells.append("; ".join(found) or ("" if "" in lines else "-"))
+            cells.append("; ".join(found) or nothing)
         print(f"| {policy} | " + " | ".join(cells) + " |")
 
 
@@ -314,8 +320,10 @@ def main(argv=None):
         settings = [common.read_json(ROOT / "config" / f"{model}.json") for model in models]
         picture(options.out / "curve.png", cosine_curves, settings)
         files += sorted((path / "authors_logs").glob("*.csv"))
-    drawn = [draw(read(file), options.out / f"{file.name.removesuffix('.csv')}.png") for file in files]
-    if not any(drawn):
+    drawn = 0
+    for file in files:
+        drawn += draw(read(file), options.out / f"{file.name.removesuffix('.csv')}.png")
+    if not drawn:
         raise ValueError(f"{path}: {NOTHING}")
 
 

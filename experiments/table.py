@@ -222,19 +222,28 @@ def scores(rows, column):
 
 def difference(name, first, minus):
     """The columns of the mean of first minus minus, two {question: score}, over the questions in both."""
-    shared = [question for question in first if question in minus]
-    if not shared:
+    ours, theirs = [], []
+    for question, score in first.items():
+        if question in minus:
+            ours.append(score)
+            theirs.append(minus[question])
+    if not ours:
         return {name: ""}
-    found = paired_interval([first[question] for question in shared], [minus[question] for question in shared])
-    return with_ends(name, [round(value, 2) for value in found], len(shared)) | {f"{name}_n": len(shared)}
+    middle, low, high = paired_interval(ours, theirs)
+    ends = round(middle, 2), round(low, 2), round(high, 2)
+    return with_ends(name, ends, len(ours)) | {f"{name}_n": len(ours)}
 
 
 def by_panel(rows):
     """{category, or length and criterion, with the number of questions: the logs of the rows for it}"""
     panels = {}
     for title, own in grouped(rows, *["category"] if "category" in rows[0] else ["length", "criterion"]).items():
-        found = [log for log in logs(own) if log["lost"] != ""]
-        numbers = [log["lost_n"] for log in found if log["policy"] != "dense"]
+        found, numbers = [], []
+        for log in logs(own):
+            if log["lost"] != "":
+                found.append(log)
+                if log["policy"] != "dense":
+                    numbers.append(log["lost_n"])
         if numbers:  # else the judge gave no score in this category
             few, many = min(numbers), max(numbers)
             title = title if isinstance(title, str) else ", ".join(title)

@@ -3,6 +3,7 @@ The tasks of evaluate.py, each a function run(model, tokenizer, policy, data, co
 and the metrics they are scored by. TASKS names them beside the reader of their --data.
 """
 
+import operator
 import re
 import string
 import time
@@ -30,6 +31,9 @@ QUESTION = ("Question: What is the capital of Italy?\nAnswer: Rome\n\n"
             "Question: In which country would you find the Great Pyramid of Giza?\nAnswer: Egypt\n\n"
             "Question: Who was the first man to walk on the moon?\nAnswer: Neil Armstrong\n\n"
             "Question: {}\nAnswer:")
+
+
+LOOP = 32  # tokens of a stretch that repeats one thing, from which on a text counts as looping
 
 
 @dataclass
@@ -78,8 +82,9 @@ def means(context, **scores):
     for name, values in scores.items():
         row |= columns(name, values)
     first = next(iter(scores))
-    ours, theirs = scores[first], context.dense_scores.get(first, [])
-    differences = [a - b for a, b in zip(ours, theirs)] if len(ours) == len(theirs) else []
+    ours, theirs, differences = scores[first], context.dense_scores.get(first, []), []
+    if len(ours) == len(theirs):
+        differences = list(map(operator.sub, ours, theirs))
     return row | columns("difference", differences)
 
 
@@ -189,14 +194,15 @@ def factoid(model, tokenizer, policy, questions, context):
     questions = questions[: context.limit or 500]
     prompts = [tokenizer.encode(QUESTION.format(question)) for question, _ in questions]
     texts = write_texts(model, tokenizer, policy, prompts, context, room=16, prompt_len=0)
-    right, inside = [], []
+    right, inside, counts = [], [], []
     for text, (_, names) in zip(texts, questions):
         answer = normalise(tokenizer.decode(text.ids).strip().split("\n")[0])
-        names = [normalise(name) for name in names]
+        names = list(map(normalise, names))
         right.append(int(answer in names))
         inside.append(int(any(f" {name} " in f" {answer} " for name in names)))
+        counts.append(text.counts)
     scores = means(context, exact_match=right, answer_within=inside)
-    return dict(**scores, questions=len(questions), **ratios([text.counts for text in texts]))
+    return dict(**scores, questions=len(questions), **ratios(counts))
 
 
 def prompt_ids(tokenizer, record, context):
@@ -228,19 +234,17 @@ def collapse(model, tokenizer, policy, records, context):
     texts = context.reference["texts"]
     if policy is not dense:
         texts = write_texts(model, tokenizer, policy, prompts, context, context.chat)
-    loops, nll, differs = [], [], []
+    scores, counts, tokens = dict(looping=[], longest_loop=[], dense_nll=[], parts_from_dense=[]), [], 0
     for prompt, text, reference in zip(prompts, texts, context.reference["texts"]):
-        loops.append(longest_loop(text.ids))
-        nll.append(mean_nll(model, prompt, text.ids))
-        differs.append(first_difference(text.ids, reference.ids))
-    looping = [int(loop >= 32) for loop in loops]
-    return dict(
-        **means(context, looping=looping, longest_loop=loops, dense_nll=nll, parts_from_dense=differs),
-        texts=len(texts),
-        tokens=sum(len(text.ids) for text in texts),
-        **ratios([text.counts for text in texts]),
-        example=tokenizer.decode(texts[0].ids),
-    )
+        loop = longest_loop(text.ids)
+        scores["looping"].append(int(loop >= LOOP))
+        scores["longest_loop"].append(loop)
+        scores["dense_nll"].append(mean_nll(model, prompt, text.ids))
+        scores["parts_from_dense"].append(first_difference(text.ids, reference.ids))
+        counts.append(text.counts)
+        tokens += len(text.ids)
+    example = tokenizer.decode(texts[0].ids)
+    return dict(**means(context, **scores), texts=len(texts), tokens=tokens, **ratios(counts), example=example)
 
 
 def mean_nll(model, prompt, ids):
@@ -256,13 +260,14 @@ def worstcase(model, tokenizer, policy, records, context):
     """The share of the tokens past the warm-up for which no FFN block at all was skipped."""
     prompts = [prompt_ids(tokenizer, record, context) for record in records[: context.limit or 32]]
     texts = write_texts(model, tokenizer, policy, prompts, context, stop=False)
-    never, tokens = [], 0
+    never, counts, tokens = [], [], 0
     for text in texts:
+        counts.append(text.counts)
         past = text.token_index > policy_warm_up(policy, context)
         if past.any():
             never.append(text.ran[:, past].all(0).double().mean().item())
         tokens += past.sum().item()
-    return dict(**means(context, never=never), texts=len(texts), tokens=tokens, **ratios([t.counts for t in texts]))
+    return dict(**means(context, never=never), texts=len(texts), tokens=tokens, **ratios(counts))
 
 
 def write_answers(model, tokenizer, policy, records, context):
@@ -275,32 +280,30 @@ def write_answers(model, tokenizer, policy, records, context):
     done = {answer["question_id"] for answer in answers}
     left = [record for record in records[: context.limit] if record["question_id"] not in done]
     for some in cut(left, context.batch_size):
-        talks, texts = [[] for _ in some], [[] for _ in some]  # turns of user and assistant; Texts
-        for turn in range(max(len(record["turns"]) for record in some)):
-            asked = [i for i, record in enumerate(some) if turn < len(record["turns"])]
-            for i in asked:
-                talks[i].append(some[i]["turns"][turn])
-            prompts = [chat_ids(tokenizer, talks[i], context) for i in asked]
-            for i, text in zip(asked, write_texts(model, tokenizer, policy, prompts, context)):
-                talks[i].append(tokenizer.decode(text.ids).split("USER:")[0].strip())  # it may go on with a question
-                texts[i].append(text)
-        for record, talk, own in zip(some, talks, texts):
-            about = {key: value for key, value in record.items() if key != "turns"}
-            add_record(context.answers, answers, about | dict(
-                answer_id=uuid.uuid4().hex[:22],
-                model_id=context.answers.stem,
-                choices=[dict(index=0, turns=talk[1::2])],
-                tstamp=time.time(),
-                counts=list(map(sum, zip(*[text.counts for text in own]))),
-                tokens=sum(len(text.ids) for text in own),
-                loop=max(longest_loop(text.ids) for text in own),
-            ))
-    return dict(
-        **means(context, looping=[int(answer["loop"] >= 32) for answer in answers]),
-        answers=len(answers),
-        tokens=sum(answer["tokens"] for answer in answers),
-        **ratios([answer["counts"] for answer in answers]),
-    )
+        new, talks = [], [[] for _ in some]  # talks: turns of user and assistant
+        for record in some:
+            answer = dict(record, answer_id=uuid.uuid4().hex[:22], model_id=context.answers.stem, tstamp=time.time())
+            new.append(answer | dict(turns=len(record["turns"]), counts=[0] * 4, tokens=0, loop=0))
+        for turn in range(max(answer["turns"] for answer in new)):
+            asked, prompts = [], []
+            for record, answer, talk in zip(some, new, talks):
+                if turn < answer["turns"]:
+                    talk.append(record["turns"][turn])
+                    asked.append((answer, talk))
+                    prompts.append(chat_ids(tokenizer, talk, context))
+            for (answer, talk), text in zip(asked, write_texts(model, tokenizer, policy, prompts, context)):
+                talk.append(tokenizer.decode(text.ids).split("USER:")[0].strip())  # it may go on with a question
+                answer["counts"] = list(map(operator.add, answer["counts"], text.counts))
+                answer["tokens"] += len(text.ids)
+                answer["loop"] = max(answer["loop"], longest_loop(text.ids))
+        for answer, talk in zip(new, talks):
+            add_record(context.answers, answers, answer | dict(choices=[dict(index=0, turns=talk[1::2])]))
+    looping, counts, tokens = [], [], 0
+    for answer in answers:
+        looping.append(int(answer["loop"] >= LOOP))
+        counts.append(answer["counts"])
+        tokens += answer["tokens"]
+    return dict(**means(context, looping=looping), answers=len(answers), tokens=tokens, **ratios(counts))
 
 
 WRITTEN = dict(mtbench=1024, summarize=256, worstcase=512, collapse=256)  # the model writes: so many tokens at most
