@@ -20,17 +20,12 @@ and peers follow in each repeat:
             default variants
 The time of a token is its median over the repeats, and the table has the mean of that over the tokens.
 
-columns:
-  prefill, decode  tokens/s, of all rows together; the prompt always runs in full
-  +-               interquartile range over the repeats, in % of the median
-  GB/s             bytes a decoding step needs (weights of what ran, keys and values of the cache) by its time
-  of read          the same as a share of the bandwidth at which this run sums one large tensor (CUDA: copies one)
-  speed-up, bound  over dense, and the most that the bytes not needed allow
-  of saving        share of the time which that bound says can be saved, that was saved
-  of llama.cpp, of transformers  decode by the peer's, where it ran
-  FLOPs saved      per token, as in Table 4: 2 for each weight of the feed-forward blocks that are skipped
-  memory           peak of the process (CUDA: of its tensors) before any peer is loaded
-Under torchrun bytes, GB/s and memory are those of the first process, and FLOPs of all together.
+The table shows tokens/s, the speed-up over dense, the most that the bytes not needed allow (bound), and how much of the
+time which that bound says can be saved was saved. The CSV has more: of_llama_cpp and of_transformers, decoding by the
+peer's; spread, the interquartile range over the repeats by the median; gb_per_s, the bytes a decoding step needs by its
+time, and share_of_read, the same by the bandwidth at which this run sums one large tensor (CUDA: copies one);
+gflops_saved per token, as in Table 4; and the peak memory of the process (CUDA: of its tensors) before any peer is
+loaded. Under torchrun bytes and memory are those of the first process, FLOPs of all.
 """
 
 import csv
@@ -50,6 +45,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import plot
 from peers import make_peers
 
 from fast import accelerate, parallel
@@ -69,16 +65,10 @@ SIZES = {  # of the published LLaMA-2: ModelArgs(**SIZES["13B"])
     "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672),
 }
 VARIANTS = ["dense", "monitor", "fixed", "ffnskip", "standins"]
-COLUMNS = dict(
-    variant=("variant", "{}"), ffn_skip_ratio=("skipped", "{:.1%}"), columns=("columns", "{}"),
-    prefill_tokens_per_s=("prefill", "{:.1f}"), decode_tokens_per_s=("decode", "{:.2f}"), spread=("+-", "{:.1%}"),
-    ms_per_step=("ms/step", "{:.2f}"), gb_per_s=("GB/s", "{:.2f}"), share_of_read=("of read", "{:.1%}"),
-    speedup=("speed-up", "{:.3f}"), speedup_bound=("bound", "{:.3f}"), share_of_saving=("of saving", "{:.0%}"),
-    of_llama_cpp=("of llama.cpp", "{:.2f}"), of_transformers=("of transformers", "{:.2f}"),
-    gflops_saved=("FLOPs saved", "{:.2f} G"),
-)  # fmt: skip
-FIELDS = "commit device threads dtype model batch prompt steps repeats read_gb_per_s peak_memory_bytes".split()
-FIELDS += ["readback_us", "versions", "command", *COLUMNS]
+COLUMNS = """variant ffn_skip_ratio columns prefill_tokens_per_s decode_tokens_per_s spread ms_per_step gb_per_s
+share_of_read speedup speedup_bound share_of_saving of_llama_cpp of_transformers gflops_saved""".split()
+FIELDS = """commit device threads dtype model batch prompt steps repeats read_gb_per_s peak_memory_bytes readback_us
+versions command""".split() + COLUMNS
 WAYS = ["linear", "native linear", "mv", "native mv"]  # native: without oneDNN; see one_row.way_of_one
 
 
@@ -300,36 +290,19 @@ def multiply(way, x, weight):
 
 
 def time_products(model, repeats=5):
-    """
-    Print the milliseconds that all products of a token take in each way, and mark the way that the rule takes. Raises
-    ValueError if it is more than 1.2 times slower than the best.
-    """
+    """Print the milliseconds that all products of a token take in each way; * marks the one that one_row.py takes."""
     weights = [weight for weight in model.parameters() if weight.dim() == 2]
     if model.output is not None:
         weights.remove(model.tok_embeddings.weight)  # of which a token reads a row
-    inputs = {weight.size(1): torch.ones(weight.size(1), dtype=weight.dtype) for weight in weights}
-    seconds = dict.fromkeys(WAYS, math.inf)  # of the best repeat
+    taken, best = way_of_one(weights[0].dtype), dict.fromkeys(WAYS, math.inf)
     for _ in range(repeats):
         for way in random.sample(WAYS, len(WAYS)):
-            begin = time.perf_counter()
+            seconds = 0.0
             for weight in weights:
-                multiply(way, inputs[weight.size(1)], weight)
-            seconds[way] = min(seconds[way], time.perf_counter() - begin)
-    taken, best = way_of_one(weights[0].dtype), min(seconds, key=seconds.get)
-    for way in WAYS:
-        print(f"{way:>14} {1e3 * seconds[way]:8.2f} ms{' *' if way == taken else ''}")
-    if seconds[taken] > 1.2 * seconds[best]:
-        slower = f"{seconds[taken] / seconds[best]:.2f} times slower than {best!r}"
-        raise ValueError(f"one row is multiplied by {taken!r}, {slower}: one_row.way_of_one needs a line for this CPU")
-
-
-def print_table(rows):
-    lines = [[heading for heading, _ in COLUMNS.values()]]
-    for row in rows:
-        lines.append([])
-        for key, (_, form) in COLUMNS.items():
-            lines[-1].append("-" if row[key] is None else form.format(row[key]))
-    print(*common.table(lines), sep="\n")
+                seconds += timed(multiply, way, torch.ones(weight.size(1), dtype=weight.dtype), weight)
+            best[way] = min(best[way], seconds)
+    for way, seconds in best.items():
+        print(f"{way:>14} {1e3 * seconds:8.2f} ms{' *' if way == taken else ''}")
 
 
 def check_out(path):
@@ -339,18 +312,14 @@ def check_out(path):
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def save(path, about, rows):
-    """Appends rows, dicts which with `about` have the keys FIELDS, to the CSV."""
+def save(path, rows):
+    """Appends rows, dicts with the keys FIELDS, to the CSV."""
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
         for row in rows:
-            row = about | row
-            for key, value in row.items():
-                if isinstance(value, float):
-                    row[key] = f"{value:.6g}"
-            writer.writerow(row)
+            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
 
 
 def device_name(device):
@@ -392,7 +361,7 @@ def parse_args(argv):
     add("--repeats", type=positive, default=5, metavar="N", help="how often, prompt and all (default 5)")
     add("--batch", type=positive, default=1, metavar="N", help="rows, which disagree about what to skip (default 1)")
     add("--threads", type=positive, metavar="N", help="threads of the CPU; default: PyTorch's own choice")
-    add("--products", action="store_true", help="time the ways to multiply one row instead, and judge the rule's")
+    add("--products", action="store_true", help="time the ways to multiply one row instead")
     add("--out", type=Path, default=Path("out/bench.csv"), metavar="CSV", help="to append to (default %(default)s)")
     options = parser.parse_args(argv)
     for skip in options.skip:
@@ -443,8 +412,6 @@ def main(argv=None):
     if parallel.rank > 0:
         return  # the first process tells its own times and bytes
 
-    rows = [make_row(runner, variants[0], bandwidth, options) for runner in [*variants, *peers]]
-    add_peer_ratios(rows)
     read_back = sorted(timed(big[0, :1].tolist) for _ in range(101))[50]  # what a layer's monitoring costs at least
     dtype = model.tok_embeddings.weight.dtype
     versions = [f"python {platform.python_version()}", f"torch {torch.__version__}", *(peer.version for peer in peers)]
@@ -455,11 +422,10 @@ def main(argv=None):
         readback_us=1e6 * read_back, versions=", ".join(versions),
         command=shlex.join(["python", "experiments/bench.py", *argv]),
     )  # fmt: skip
-    print_table(rows)
-    print("{model}, {dtype}, batch {batch}, prompt {prompt}, {device}, {threads} threads".format(**about))
-    peak = "peak memory unknown" if memory is None else f"peak memory {memory / 1e9:.2f} GB"
-    print("plain read {read_gb_per_s:.1f} GB/s; one read-back {readback_us:.1f} us; ".format(**about) + peak)
-    save(options.out, about, rows)
+    rows = [about | make_row(runner, variants[0], bandwidth, options) for runner in [*variants, *peers]]
+    add_peer_ratios(rows)
+    save(options.out, rows)
+    plot.print_speed(rows)
     print(f"written to {options.out}")
 
 

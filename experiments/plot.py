@@ -261,12 +261,10 @@ def cell(row, column, ratio):
     return f"{value}{ends} at {row[ratio]:.1%}{count}"
 
 
-def speed_table(rows, name):
-    """Print bench.py's rows for models with `name` in theirs, with batch 1, as Markdown tables."""
+def print_speed(rows):
+    """Print bench.py's rows as Markdown tables, one per run."""
     before = None
     for row in rows:
-        if name.lower() not in row["model"].lower() or row["batch"] != 1:
-            continue
         caption = "{model}: {dtype}, {machine} that read {read_gb_per_s:.0f} GB/s, "
         caption += "{columns:g} columns of cache, commit {commit}, {versions}"
         caption = caption.format(**row, machine=machine(row))
@@ -274,7 +272,7 @@ def speed_table(rows, name):
             print(f"{caption}:\n" if before is None else f"\n{caption}:\n")
             print_heading(["variant", "skipped", "tokens/s", "speed-up", "bound by bytes", "of the saving"])
         before = caption
-        saving = f"{row['share_of_saving']:.0%}" if row["share_of_saving"] != "" else ""
+        saving = f"{row['share_of_saving']:.0%}" if row["share_of_saving"] not in ("", None) else ""
         line = "| {variant} | {ffn_skip_ratio:.0%} | {decode_tokens_per_s:.1f} | {speedup:.2f} | {speedup_bound:.2f} |"
         print(line.format(**row), saving, "|")
 
@@ -291,7 +289,7 @@ def show(path, what, by_bytes):
     if "layer_0" in rows[0]:
         walk(rows, what)
     elif "variant" in rows[0]:
-        speed_table(rows, what)
+        print_speed([row for row in rows if what.lower() in row["model"].lower() and row["batch"] == 1])
     elif any(isinstance(row.get(what), float) for row in rows):
         table(rows, what, by_bytes)
     else:

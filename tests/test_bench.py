@@ -1,11 +1,9 @@
 """experiments/bench.py: what it counts is right and what it runs is the model; how fast it is, no test says."""
 
-import contextlib
 import csv
 import math
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -195,8 +193,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     for batch in "1", "2":
         bench.main([*args, "--batch", batch])
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0].split()[:2] == ["variant", "skipped"] and lines[1].startswith("dense")
-        assert lines[-1] == "written to out/bench.csv"
+        assert lines[2].startswith("| variant | skipped |") and lines[4].startswith("| dense | 0% |")
+        assert len(lines) == 9 and lines[-1] == "written to out/bench.csv"
     rows = list(csv.DictReader(open("out/bench.csv")))
     assert [r["batch"] for r in rows] == ["1"] * 4 + ["2"] * 4
     assert rows[0]["command"].startswith("python experiments/bench.py --ckpt")
@@ -239,8 +237,7 @@ def test_a_command_that_fails_says_so():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_products_show_every_way_and_mark_the_one_that_is_taken(dtype, capsys):
     """The rule goes by dtype and capability alone; every way computes the same."""
-    with contextlib.suppress(ValueError):  # whether the rule is right for matrices this small is not the question
-        bench.main(["--products", "--ckpt", CKPT, "--dtype", dtype])
+    bench.main(["--products", "--ckpt", CKPT, "--dtype", dtype])
     lines = capsys.readouterr().out.splitlines()
     taken = bench.way_of_one(getattr(torch, dtype))
     assert [line.split(" ms")[0].rsplit(maxsplit=1)[0].strip() for line in lines] == bench.WAYS
@@ -248,16 +245,6 @@ def test_products_show_every_way_and_mark_the_one_that_is_taken(dtype, capsys):
     x, weight = torch.randn(24).to(getattr(torch, dtype)), torch.randn(16, 24).to(getattr(torch, dtype))
     for way in bench.WAYS:
         assert torch.allclose(bench.multiply(way, x, weight).float(), weight.float() @ x.float(), rtol=0.02, atol=0.02)
-
-
-def test_a_rule_that_takes_a_slow_way_is_an_error(monkeypatch):
-    def slow(way, x, weight):
-        time.sleep(0.002 if way == "linear" else 0.0)
-
-    monkeypatch.setattr(bench, "multiply", slow)
-    monkeypatch.setattr(bench, "way_of_one", lambda dtype: "linear")
-    with pytest.raises(ValueError, match="'linear', [0-9.]+ times slower"):
-        bench.time_products(tiny_model())
 
 
 def test_rows_are_compared_with_the_peers_that_ran():
