@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from tasks import WRITTEN
+from tasks import WRITTEN, count_blocks, ratios, with_shared_prefix
 
 import policies
 from calibrate import cold_regions
@@ -16,6 +16,7 @@ from model import dense
 from skip import FFNSkip
 from support import common
 from support.measuring import bring_to, measure, skip_ratio
+from support.tracing import Trace
 
 
 @dataclass
@@ -35,6 +36,16 @@ def on_text(model, tokens, prompt_len, warm_up_index, target_len):
     if tokens.size(1) - prompt_len > warm_up_index + 1:
         cosines = measure(model, windows, warm_up_index).cpu()
     return Calibration(tokens, cosines, partial(skip_ratio, model, windows=windows), target_len)
+
+
+def prompts_ratio(model, policy, prompts, context):
+    """The ffn_skip_ratio in what the prompts (lists of ids) do not share, past the policy's warm-up."""
+    counts = []
+    for _, tokens, cache in with_shared_prefix(model, policy, prompts, 0, context):
+        trace = Trace()
+        model(tokens, cache, policy, trace=trace, last_only=True)
+        counts.append(count_blocks(trace.ran, trace.token_index, policy, context))
+    return ratios(counts)["ffn_skip_ratio"]
 
 
 def make_policy(name, model, skip, calibration, settings, warm_up_index, seed, options):

@@ -36,7 +36,6 @@ import sys
 import time
 import zlib
 from dataclasses import fields, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -46,7 +45,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import plot
-from at_ratio import describe, make_policy, on_text
+from at_ratio import describe, make_policy, on_text, prompts_ratio
 from readers import load_text
 from table import Table, cell, read
 from tasks import TASKS, WRITTEN, Context, full_windows, held_out
@@ -55,7 +54,6 @@ import policies
 from load_weights import load_model, load_tokenizer
 from policies.baselines import POLICIES, written_text
 from support import common
-from support.measuring import skip_ratio
 
 DRAWN = "random", "random_but_first", "random_run", "static", "static_run"  # policies that draw at random
 OWN = "dense", "ffnskip", "printed"  # policies that no factory makes
@@ -123,9 +121,9 @@ def calibrate(model, tokenizer, data, context, options):
         tokens = torch.tensor(windows, device=model.tok_embeddings.weight.device)
     found = on_text(model, tokens, prompt_len, max(options.warm_up), options.target_len)
     if options.task == "factoid":
-        windows = held_out(tokenizer, data, context)
-        found.target_len = round(median(len(ids) for ids, _ in windows))
-        found.ratio_of = partial(skip_ratio, model, windows=windows)
+        prompts = held_out(tokenizer, data, context)
+        found.target_len = round(median(map(len, prompts)))
+        found.ratio_of = lambda policy: prompts_ratio(model, policy, prompts, context)
     return found
 
 

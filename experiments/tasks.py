@@ -9,6 +9,7 @@ import string
 import time
 import uuid
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from readers import load_prompts, load_questions, load_stories, load_text, load_turns
 from table import add_record, columns, read_records
 
-from generate import generate_batch
-from model import dense
+from generate import generate_batch, sample
+from model import KVCache, dense
 from policies.baselines import attended_missing, written_text
+from support.cache import fork
 from support.common import first_difference, progress
 from support.measuring import as_tokens, compare_with_dense, cut
 from support.tracing import Trace, saved_blocks
@@ -156,19 +158,16 @@ class Text:
     token_index: torch.Tensor  # (token,)
 
 
-def write_texts(model, tokenizer, policy, prompts, context, stop=True, room=None, prompt_len=None):
-    """
-    Greedy Texts of up to `room` tokens for prompts (lists of ids), in batches of like length. stop=False: past
-    end-of-text, all as long. prompt_len=0: the policy works in the prompt too, past its warm-up.
-    """
-    texts, room = [None] * len(prompts), room or context.max_new_tokens
+def write_texts(model, tokenizer, policy, prompts, context, stop=True):
+    """Greedy Texts for prompts (lists of ids), in batches of like length. stop=False: past end-of-text, all as long."""
+    texts, room = [None] * len(prompts), context.max_new_tokens
     eos_ids = tokenizer.eos_ids if stop else ()
     longest = max(1, model.args.max_seq_len - room)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for batch in progress(cut(by_length, context.batch_size), context.label):
         trace, written = Trace(), [[] for _ in batch]
         rows = [prompts[i][-longest:] for i in batch]
-        for column in generate_batch(model, rows, room, policy, eos_ids=eos_ids, prompt_len=prompt_len, trace=trace):
+        for column in generate_batch(model, rows, room, policy, eos_ids=eos_ids, trace=trace):
             for ids, token in zip(written, column):
                 if token is not None and token not in eos_ids:
                     ids.append(token)
@@ -179,28 +178,64 @@ def write_texts(model, tokenizer, policy, prompts, context, stop=True, room=None
     return texts
 
 
+def with_shared_prefix(model, policy, prompts, room, context):
+    """
+    What all prompts (lists of ids) begin with is run once; then groups of prompts of equal length, so that there is no
+    padding: yields (which prompts, their other tokens (batch, seq), a cache that holds the beginning and has `room`).
+    The policy works in the prompt too, past its warm-up (prompt_len=0): chunks do not change what it skips.
+    """
+    weight = model.tok_embeddings.weight
+    n = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+    base = KVCache(model.args, 1, max(n, 1), weight.dtype, weight.device)
+    if n:
+        model(torch.tensor([prompts[0][:n]], device=weight.device), base, policy, last_only=True)
+    groups = []
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        full = groups and len(groups[-1]) == context.batch_size
+        if not groups or full or len(prompts[groups[-1][0]]) != len(prompts[i]):
+            groups.append([])
+        groups[-1].append(i)
+    for group in progress(groups, context.label):
+        cache = fork(base, len(group), len(prompts[group[0]]) + room)
+        yield group, torch.tensor([prompts[i][n:] for i in group], device=weight.device), cache
+
+
 def held_out(tokenizer, questions, context):
-    """Windows (ids, prompt_len 0): the 64 questions after the scored ones, with an answer. ValueError for none."""
-    first, windows = context.limit or 500, []
-    for question, names in questions[first : first + 64]:
-        windows.append((tokenizer.encode(f"{QUESTION.format(question)} {' '.join(names[:1])}"), 0))
-    if not windows:
+    """Prompts of the 128 questions after the scored ones, each with its answer, as ids. ValueError for none."""
+    first, texts = context.limit or 500, []
+    for question, names in questions[first : first + 128]:
+        texts.append(f"{QUESTION.format(question)} {' '.join(names[:1])}")
+    if not texts:
         raise ValueError(f"no question is left after {first} to bring policies to a ratio on: give a smaller --limit")
-    return windows
+    return [tokenizer.encode(text) for text in texts]
 
 
 def factoid(model, tokenizer, policy, questions, context):
     """Greedy answers of at most 16 tokens, up to the end of the line."""
     questions = questions[: context.limit or 500]
     prompts = [tokenizer.encode(QUESTION.format(question)) for question, _ in questions]
-    texts = write_texts(model, tokenizer, policy, prompts, context, room=16, prompt_len=0)
-    right, inside, counts = [], [], []
-    for text, (_, names) in zip(texts, questions):
-        answer = normalise(tokenizer.decode(text.ids).strip().split("\n")[0])
-        names = list(map(normalise, names))
-        right.append(int(answer in names))
-        inside.append(int(any(f" {name} " in f" {answer} " for name in names)))
-        counts.append(text.counts)
+    answers, counts = {}, []
+    for group, tokens, cache in with_shared_prefix(model, policy, prompts, 16, context):
+        trace, ids, forwarded = Trace(), [], [tokens.size(1)] * len(group)
+        for _ in range(16):
+            tokens = sample(model(tokens, cache, policy, trace=trace, last_only=True)[:, -1])[:, None].to(tokens.device)
+            ids.append(tokens)
+            texts = [tokenizer.decode(row) for row in torch.cat(ids, dim=1).tolist()]
+            for row, text in enumerate(texts):
+                forwarded[row] += "\n" not in text.lstrip()
+            if all("\n" in text.lstrip() for text in texts):
+                break
+        token_index = trace.token_index  # (batch, tokens)
+        for row, n in enumerate(forwarded):
+            token_index[row, n:] = -1  # what a row writes beside the others after its answer counts for nothing
+        for i, text in zip(group, texts):
+            answers[i] = normalise(text.strip().split("\n")[0])
+        counts.append(count_blocks(trace.ran, token_index, policy, context))
+    right, inside = [], []
+    for i, (_, names) in enumerate(questions):
+        names = {normalise(name) for name in names}
+        right.append(int(answers[i] in names))
+        inside.append(int(any(f" {name} " in f" {answers[i]} " for name in names)))
     scores = means(context, exact_match=right, answer_within=inside)
     return dict(**scores, questions=len(questions), **ratios(counts))
 

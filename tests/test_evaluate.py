@@ -12,7 +12,7 @@ import evaluate
 import pytest
 import tasks
 import torch
-from at_ratio import describe, make_policy, on_text
+from at_ratio import describe, make_policy, on_text, prompts_ratio
 from policies.baselines import POLICIES
 from readers import load_questions, load_text
 from table import Table, cell
@@ -228,9 +228,8 @@ def test_factoid_ratios_are_reached_on_the_questions_after_those_scored(run, mod
     rows = run("factoid", "many.txt", "--policies", "ffnskip,skipdecode", "--match", "ffn", "--limit", 8)
     rest = load_questions(tmp_path / "many.txt")[8:]
     prompts = [Bytes().encode(f"{tasks.QUESTION.format(q)} {a[0]}") for q, a in rest]
-    windows = [(ids, 0) for ids in prompts]
     for row, (calibration, policy, ratio) in zip(rows, made):
-        assert ratio == skip_ratio(model, policy, windows) == pytest.approx(0.2, abs=0.05)
+        assert ratio == prompts_ratio(model, policy, prompts, tasks.Context()) == pytest.approx(0.2, abs=0.05)
         assert cell(ratio) == row["calibrated_ratio"] and row["questions"] == "8"
     assert made[1][1].target_len == made[1][0].target_len == round(median(map(len, prompts)))
 

@@ -10,7 +10,7 @@ import readers
 import tasks
 import torch
 from tasks import Context
-from tiny import STORY, Bytes, tiny_model, write_jsonl
+from tiny import STORY, Bytes, close, tiny_model, write_jsonl
 
 from support.common import first_difference
 from generate import generate
@@ -97,13 +97,13 @@ def test_two_turns_in_the_papers_prompt_and_in_the_checkpoints_own():
 
 def test_the_questions_held_out_are_those_after_the_scored_ones_with_their_answers():
     questions = [("One?", ["a"]), ("Two?", ["b", "c"]), ("Three?", ["d"])]
-    (first, none), (second, _) = tasks.held_out(Bytes(), questions, Context(limit=1))
-    assert Bytes().decode(first) == tasks.QUESTION.format("Two?") + " b" and none == 0
+    first, second = tasks.held_out(Bytes(), questions, Context(limit=1))
+    assert Bytes().decode(first) == tasks.QUESTION.format("Two?") + " b"
     assert Bytes().decode(second).endswith("Question: Three?\nAnswer: d")
     assert Bytes().decode(second).count("Answer: ") == 6
     with pytest.raises(ValueError, match="no question is left after 3 .* give a smaller --limit"):
         tasks.held_out(Bytes(), questions, Context(limit=3))
-    assert len(tasks.held_out(Bytes(), questions * 100, Context(limit=5))) == 64
+    assert len(tasks.held_out(Bytes(), questions * 100, Context(limit=5))) == 128
 
 
 def test_a_prompt_from_text_is_its_first_tokens():
@@ -217,11 +217,34 @@ def test_the_holes_that_are_read_are_a_share_of_what_is_read(model):
     assert result["holes_read"] == pytest.approx(missing / read) and missing > 0
 
 
+@pytest.mark.parametrize("name", ["ffnskip", "random", "shortgpt", "earlyexit"])
+def test_shared_prefix_is_what_each_prompt_alone_would_give(model, name):
+    prompts = [Bytes().encode(STORY[:40] + rest) for rest in ("one", "another one", "two", "six")]
+    if name == "ffnskip":
+        policy = FFNSkip(1, 5, 0.9, 4, k=1)
+    elif name == "earlyexit":
+        policy = baselines.EarlyExit(False, baselines.similarity, 0.8, warm_up_index=4)
+    else:
+        policy = baselines.POLICIES[name](model, 0.3, warm_up_index=4, tokens=torch.tensor(prompts[0])[None])
+    seen = []
+    for group, tokens, cache in tasks.with_shared_prefix(model, policy, prompts, 1, Context(batch_size=2)):
+        logits = model(tokens, cache, policy, last_only=True)
+        for row, i in enumerate(group):
+            alone_cache = KVCache(model.args, 1, len(prompts[i]))
+            alone = model(torch.tensor([prompts[i]]), alone_cache, policy)
+            assert close(logits[row, 0], alone[0, -1], 1e-4)
+            assert torch.equal(cache.written[:, row, : len(prompts[i])], alone_cache.written[:, 0])
+            assert tokens.size(1) == len(prompts[i]) - 40  # the common beginning ran once
+            seen.append(i)
+        assert len({len(prompts[i]) for i in group}) == 1 and len(group) <= 2
+    assert sorted(seen) == [0, 1, 2, 3]
+
+
 def test_factoid_answers_are_greedy_up_to_the_end_of_the_line(model):
     """And right if they are any alias, whatever the capitals, articles and punctuation of both."""
     policy = FFNSkip(1, 5, 0.9, 25, k=1)
     prompts = [Bytes().encode(tasks.QUESTION.format(question)) for question in ("Fox?", "Bee?")]
-    ids = [list(generate(model, p, 16, policy, prompt_len=0, eos_ids={0})) for p in prompts]
+    ids = [list(generate(model, p, 16, policy, prompt_len=0)) for p in prompts]
     end = next(i for i in ids[0][1:] if i not in (ids[0][0], ids[0][-1], *ids[1]))  # the second answer never ends
     tokenizer = Bytes()
     tokenizer.decode = lambda ids: "".join("\n" if i == end else chr(97 + i % 26) for i in ids)
