@@ -262,7 +262,7 @@ def read_meta(config, files, shards):
                 raise LoadError(f"{file}: tensor {name} is missing, and a file beside it has it")
         parts = [shard[name] for shard in shards]
         parts = parts[:1] if parts[0].dim() == 1 else parts  # each shard has all of a norm
-        return parallel.part(name, parts, split_dim(name, shards[0], args))  # 2 x (4096, 5504) -> (4096, 11008)
+        return parallel.read_share(name, parts, split_dim(name, shards[0], args))  # 2 x (4096, 5504) -> (4096, 11008)
 
     return args, set().union(*shards), read
 
@@ -310,7 +310,7 @@ def read_hugging_face(config, files, shards):
 
     def read(name, dtype):
         n_heads = heads.get(re.sub(r"layers\.\d+\.", "", name))
-        tensor = parallel.part(name, [tensors[name]], parallel.split_dim(name))
+        tensor = parallel.read_share(name, [tensors[name]], parallel.split_dim(name))
         if n_heads is None:
             return tensor
         view = interleave(tensor, n_heads // parallel.size)

@@ -39,34 +39,36 @@ def connect(model):
 
 
 def add_up(module, inputs, out):
-    """A forward hook: out, (..., dim), becomes its sum over the processes. Raises ValueError, as when one has ended."""
-    try:
-        dist.all_reduce(out)
-    except RuntimeError as error:
-        why = str(error).split("\n")[0].split(". ")[0]
-        raise ValueError(f"adding up over {size} processes failed, as it does when one has ended: {why}") from None
+    """A forward hook: out, (..., dim), becomes its sum over the processes."""
+    dist.all_reduce(out)
 
 
 def split_dim(name):
     """The dimension in which the matrix of that name is divided, as in Meta's shards; None: each has all of it."""
     if not name.startswith("layers.") or name.endswith("norm.weight"):
         return None
-    return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+    if name.endswith(("wo.weight", "w2.weight")):
+        return 1
+    return 0
 
 
 def share(name, n, dim):
     """The slice of n rows (dim 0) or columns (dim 1) of the matrix `name` that this process has."""
-    return slice(n * rank // size, n * (rank + 1) // size) if dim == split_dim(name) else slice(0, n)
+    if dim != split_dim(name):
+        return slice(0, n)
+    return slice(n * rank // size, n * (rank + 1) // size)
 
 
-def part(name, tensors, dim):
-    """This process's share of the matrix that `tensors` are, put together in dim; no other bytes of them are read."""
+def read_share(name, shards, dim):
+    """This process's share of the matrix that `shards` are, put together in dim; no other bytes of them are read."""
     if size > 1 and split_dim(name) is not None:
-        n = tensors[0].size(dim)
-        wanted, pieces = share(name, n * len(tensors), dim), []
-        for i, tensor in enumerate(tensors):
+        n, pieces = shards[0].size(dim), []
+        wanted = share(name, n * len(shards), dim)
+        for i, shard in enumerate(shards):
             start, stop = max(wanted.start - i * n, 0), min(wanted.stop - i * n, n)
             if start < stop:
-                pieces.append(tensor.narrow(dim, start, stop - start).contiguous())  # a copy only of columns
-        tensors = pieces
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+                pieces.append(shard.narrow(dim, start, stop - start).contiguous())  # a copy only of columns
+        shards = pieces
+    if len(shards) == 1:
+        return shards[0]
+    return torch.cat(shards, dim)
