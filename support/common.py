@@ -183,12 +183,17 @@ def check_outputs(*files):
             raise ValueError(f"{file}: cannot be written: {problem}")
 
 
+def first_bytes(file):
+    """The beginning of a file, which tells its kind whatever its name; b"" if there is no such file."""
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(64)
+    except OSError:
+        return b""
+
+
 def is_gguf(path):
-    """True for a GGUF file, whatever its name: its first four bytes tell."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(4) == b"GGUF"
+    return first_bytes(path).startswith(b"GGUF")
 
 
 def gguf_stem(path):

@@ -25,7 +25,8 @@ from support.chat_template import (
     token_pattern,
 )
 from support.common import LoadError, import_optional, model_name, read_json, read_utf8
-from support.gguf_file import CONTROL, NORMAL, build_bpe, load_errors, locate, open_gguf, sentencepiece_proto
+from support.gguf_file import CONTROL, NORMAL, build_bpe, open_gguf, sentencepiece_proto
+from support.weight_files import load_errors, locate
 
 END_OF_TEXT = ("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
 SPECIAL = {  # special tokens by their names in a chat template -> the same in GGUF, where one is misspelt
