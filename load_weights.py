@@ -63,8 +63,9 @@ def load_model(path, device="cpu", dtype=None):
 
 
 def load(ckpt, device, dtype):
-    """The tokenizer and the model of a checkpoint."""
-    return load_tokenizer(ckpt), load_model(ckpt, device, dtype)
+    """The tokenizer and the model of a checkpoint; with a bar on a terminal, since a GGUF file takes seconds."""
+    loaders = load_tokenizer, functools.partial(load_model, device=device, dtype=dtype)
+    return [loader(ckpt) for loader in common.progress(loaders, "loading")]
 
 
 def empty_model(args):

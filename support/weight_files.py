@@ -16,7 +16,8 @@ FOREIGN = {  # the first bytes of what is often found under a file's name -> wha
     b"version https://git-lfs": "a Git LFS pointer and not the file itself: git lfs pull fetches it",
     b"<": "a web page and not the file itself: download it again",
 }
-OTHERS = "adapter|optim|sched|training_args|rng_state|random_states|pytorch_lora"  # what a trainer leaves beside weights
+# what a trainer leaves beside the weights of a model
+OTHERS = "adapter|optim|sched|training_args|rng_state|random_states|pytorch_lora"
 ORDER = (  # of sets of weights, by their names
     r"model\.safetensors", r"model-", r"consolidated.*safetensors", r"pytorch_model\.bin", r"pytorch_model-",
     r"consolidated", "",
