@@ -137,7 +137,7 @@ def parse_args(argv):
     add("task", choices=TASKS)
     add("--data", metavar="FILE", help="see the tasks above; for mmlu a folder")
     common.add_model_arguments(parser)
-    add("--policies", type=listed(str), default=[*OWN, *POLICIES], metavar="A,B",
+    add("--policies", type=listed(str), default=list(dict.fromkeys([*OWN, *POLICIES])), metavar="A,B",
         help="dense, ffnskip, printed (Algorithm 1 as printed: skip up to cold_e), names in baselines.py, "
         "FILE.py:FACTORY; default: all")
     add("--skip", type=listed(float), default=[0.05, 0.15, 0.25, 0.35], metavar="R,R",

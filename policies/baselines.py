@@ -6,7 +6,7 @@ What FFN-SkipLLM is compared with, and a place for your own: every policy here i
 and is called by its name in POLICIES (`python generate.py --policy shortgpt --skip 0.25 "..."`), beside its factory:
 
     make(model, skip, warm_up_index=None, tokens=None, seed=0) -> policy
-    skip             the share of feed-forward blocks to leave out, of all layers
+    skip             the share of all layers' feed-forward blocks to skip
     warm_up_index    the prompt and the tokens with token_index <= warm_up_index run in full; None: the policy's own
     tokens           (batch, seq) ids of calibration text; None: text that the model writes itself
     seed             of all random choices
@@ -14,11 +14,12 @@ and is called by its name in POLICIES (`python generate.py --policy shortgpt --s
 
 A policy has an attribute warm_up_index, since its ratio is counted past the warm-up. What each leaves in the cache:
 
-    random..., static..., authors, checkerboard   all entries, of true states: only feed-forward blocks are skipped
-    statecopy...                                  all entries, some of copied states
-    shortgpt, skipdecode                          missing entries that no later token reads: they miss them there too
-    earlyexit...                                  missing entries that later tokens read, the failure that the paper
-                                                  starts from: see attended_missing
+    random..., static..., printed, authors, checkerboard
+                            all entries, since only feed-forward blocks are skipped
+    statecopy...            all entries, some of copied states
+    shortgpt, skipdecode    missing entries that no later token reads: they miss them there too
+    earlyexit...            missing entries that later tokens read, the failure that the paper starts from: see
+                            attended_missing
 """
 
 import math
@@ -28,8 +29,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from support.measuring import as_windows, bring_to, measure, replay, skip_ratio, written_text
 from skip import FFNSkip
+from support.measuring import as_windows, bring_to, cold_regions, measure, replay, skip_ratio, written_text
 
 
 def warm_up(warm_up_index):
@@ -39,8 +40,8 @@ def warm_up(warm_up_index):
 
 class RandomSkip:
     """
-    Each feed-forward block of the layers [cold_s, cold_e) is dropped by a coin of its own, anew for each token, so that
-    the share `skip` of all blocks goes. It is three policies:
+    Each feed-forward block of the layers [cold_s, cold_e) is skipped by a coin of its own, anew for each token, so that
+    the share `skip` of all blocks is. It is three policies:
 
     random             the paper's Baseline 1 (section 4): in any layer, cold or not
     random_but_first   in any layer but 0, whose block alone does most of the harm of `random`
@@ -104,6 +105,17 @@ class RandomRun:
         return x
 
 
+def printed(model, skip, warm_up_index=None, tokens=None, seed=0):
+    """
+    Algorithm 1 as printed, with the threshold that skips the share `skip` of the calibration text, and between the cold
+    regions that calibrate.py's rule finds in it.
+    """
+    windows, warm_up_index = as_windows(calibration_text(model, tokens, seed)), warm_up(warm_up_index)
+    cold_s, cold_e = cold_regions(measure(model, windows, warm_up_index).mean(0))
+    make = partial(FFNSkip, cold_s, cold_e, warm_up_index=warm_up_index)
+    return find_threshold(make, model, windows, skip, -1.01, 1.01)
+
+
 def authors_settings(n_layers, k, max_seq_len=1024):
     """
     What https://github.com/Ajay1994/layer-skip does, as settings of FFNSkip, for max_seq_len tokens of prompt and
@@ -115,8 +127,8 @@ def authors_settings(n_layers, k, max_seq_len=1024):
 
 def authors(model, skip, warm_up_index=None, tokens=None, seed=0, max_seq_len=1024):
     """
-    FFN-SkipLLM with the authors_settings: the threshold is fixed, and k is the
-    whole number whose ratio on the calibration text, by a replay of its cosines, is nearest to `skip`.
+    FFN-SkipLLM with the authors_settings: the threshold is fixed, and k is the whole number whose ratio on the
+    calibration text, by a replay of its cosines, is nearest to `skip`.
     """
     n_layers = model.args.n_layers
     if n_layers < 11:
@@ -175,15 +187,15 @@ class SkipDecode:
     """
     SkipDecode (Del Corro et al. 2023, https://arxiv.org/abs/2307.02628): a token's number of layers depends on its
     index alone, so that a batch stays together. It falls linearly from n_layers after the warm-up to a minimum at
-    token target_len, and stays there; `skip` is the mean share left out on the way. The layers left out
-    follow the first `always`: later tokens run a subset of what earlier ones ran, and never miss a cache entry.
+    token target_len, and stays there; `skip` is the mean share skipped on the way. The skipped layers follow the first
+    `always`: later tokens run a subset of what earlier ones ran, and never miss a cache entry.
     """
 
     also_skips = ("attention",)
     always = 2  # "warm-up layers" at the bottom, which every token runs
 
     def __init__(self, model, skip, warm_up_index=None, tokens=None, seed=0, target_len=256):
-        self.most = 2 * skip * model.args.n_layers  # layers left out at target_len: twice the mean of a line from 0
+        self.most = 2 * skip * model.args.n_layers  # layers skipped at target_len: twice the mean of a line from 0
         self.target_len, self.warm_up_index = target_len, warm_up(warm_up_index)
         if self.most > model.args.n_layers - self.always:
             raise ValueError(f"skipdecode cannot skip {skip} on average: a line from all layers down to none has half")
@@ -191,9 +203,9 @@ class SkipDecode:
     def __call__(self, layers, x, step):
         past_warm_up = (step.token_index - self.warm_up_index).clamp(min=0)
         progress = past_warm_up / max(1, self.target_len - self.warm_up_index)  # (batch, seq), 0 to 1
-        left_out = (self.most * progress.clamp(max=1)).round()
+        n_skipped = (self.most * progress.clamp(max=1)).round()
         for layer in layers:
-            skipped = (layer.layer_id >= self.always) & (layer.layer_id < self.always + left_out)
+            skipped = (layer.layer_id >= self.always) & (layer.layer_id < self.always + n_skipped)
             x = run_active(layer, x, step, active=~skipped)
         return x
 
@@ -209,6 +221,9 @@ def similarity(x, past, step):
     return F.cosine_similarity(past.float(), x.float(), dim=-1)
 
 
+EVERY = {confidence: 4, similarity: 1}  # how many layers an EarlyExit runs between two tests of a measure
+
+
 class EarlyExit:
     """
     Early exit (CALM, Schuster et al. 2022, https://arxiv.org/abs/2207.07061): once measure(x, past, step) reaches the
@@ -220,8 +235,7 @@ class EarlyExit:
 
     def __init__(self, copy, measure, threshold, warm_up_index=None):
         self.copy, self.measure, self.threshold = copy, measure, threshold
-        self.every = 4 if measure is confidence else 1
-        self.warm_up_index = warm_up(warm_up_index)
+        self.every, self.warm_up_index = EVERY[measure], warm_up(warm_up_index)
 
     def __call__(self, layers, x, step):
         run = run_or_copy if self.copy else run_active
@@ -237,16 +251,18 @@ class EarlyExit:
         return x
 
 
-def early_exit(model, skip, warm_up_index=None, tokens=None, seed=0, copy=False, measure=confidence):
+def find_exit(model, skip, warm_up_index=None, tokens=None, seed=0, copy=False, measure=confidence):
     """The EarlyExit whose threshold skips the share `skip` of the calibration text."""
     windows = as_windows(calibration_text(model, tokens, seed))
+    make = partial(EarlyExit, copy, measure, warm_up_index=warm_up_index)
+    return find_threshold(make, model, windows, skip, 0, 1)
 
-    def at(threshold):
-        policy = EarlyExit(copy, measure, threshold, warm_up_index)
-        return policy, skip_ratio(model, policy, windows)
 
-    policy, _ = bring_to(at, 0, 1, skip)
-    return policy
+def early_exit(copy, measure):
+    """find_exit as the factory of one of four policies."""
+    make = partial(find_exit, copy=copy, measure=measure)
+    make.also_skips = ("attention.wq", "attention.wo") if copy else ("attention",)
+    return make
 
 
 class Checkerboard:
@@ -283,19 +299,27 @@ POLICIES = {
     "random_run": RandomRun,
     "static": static,
     "static_run": partial(RandomRun, cold=True),
+    "printed": printed,
     "authors": authors,
     "shortgpt": ShortGPT,
     "skipdecode": SkipDecode,
-    "statecopy": partial(early_exit, copy=True),
-    "statecopy_cosine": partial(early_exit, copy=True, measure=similarity),
-    "earlyexit": partial(early_exit),
-    "earlyexit_cosine": partial(early_exit, measure=similarity),
+    "statecopy": early_exit(copy=True, measure=confidence),
+    "statecopy_cosine": early_exit(copy=True, measure=similarity),
+    "earlyexit": early_exit(copy=False, measure=confidence),
+    "earlyexit_cosine": early_exit(copy=False, measure=similarity),
     "checkerboard": Checkerboard,
 }
-for name in "statecopy", "statecopy_cosine":
-    POLICIES[name].also_skips = ("attention.wq", "attention.wo")
-for name in "earlyexit", "earlyexit_cosine":
-    POLICIES[name].also_skips = ("attention",)
+
+
+def find_threshold(make, model, windows, skip, most, least):
+    """The make(threshold), from most skipped to least, that skips the share `skip` of windows."""
+
+    def at(threshold):
+        policy = make(threshold)
+        return policy, skip_ratio(model, policy, windows)
+
+    policy, _ = bring_to(at, most, least, skip)
+    return policy
 
 
 def attended_missing(cache):

@@ -1,11 +1,9 @@
 """
-Stand-ins: leave a feed-forward block out where a linear probe predicts that it does little harm, and let a low-rank map
-stand in for it. This project's own, beside the paper's Algorithm 1 and not in its place: docs/standins.md derives it.
+Stand-ins: skip a feed-forward block where a linear probe predicts that this does little harm, and let a low-rank map
+replace it. This project's own, beside the paper's Algorithm 1: docs/standins.md derives it.
 
-    python experiments/standins.py --text c4.jsonl wiki.train.raw     fits the demo model (--ckpt: another one)
-    python generate.py --policy standins --skip 0.15 "..."            finds the fit beside the checkpoint
-
-fit_standins.py fits.
+    python experiments/fit_standins.py --text c4.jsonl wiki.train.raw   fits the demo model (--ckpt: another one)
+    python generate.py --policy standins --skip 0.15 "..."              finds the fit beside the checkpoint
 """
 
 import json
@@ -18,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from support import common
 from fast.graphs import read, run
 from fast.one_row import as_row, linear
+from support import common
 from support.measuring import as_windows, measure
 
 PARTS = "down", "up", "mean", "centre", "probe", "bias"
@@ -109,8 +107,8 @@ def make(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
     Raises ValueError without a fit of this model.
     """
     if fitted is None:
-        raise ValueError("policy standins needs a fit of this checkpoint: python experiments/standins.py --ckpt ... "
-                         "--text FILE makes one, and --standins FILE names one that lies elsewhere")
+        raise ValueError("policy standins needs a fit of this checkpoint: python experiments/fit_standins.py --ckpt "
+                         "... --text FILE makes one, and --standins FILE names one that lies elsewhere")
     parts, about = load(fitted, model)
     warm_up_index = WARM_UP_INDEX if warm_up_index is None else warm_up_index
     if tokens is not None:
@@ -165,7 +163,7 @@ def load(path, model):
         budgets = about["budgets"]
     except (OSError, SafetensorError, AttributeError, KeyError, ValueError) as error:
         problem = common.first_line(error)
-        raise ValueError(f"{path}: no fit of experiments/standins.py of this version ({problem})") from None
+        raise ValueError(f"{path}: no fit of experiments/fit_standins.py of this version ({problem})") from None
     if (n_layers, dim) != (model.args.n_layers, model.args.dim) or not budgets:
         raise ValueError(f"{path}: fitted for {n_layers} layers of width {dim}, and this model has "
                          f"{model.args.n_layers} of {model.args.dim}")
