@@ -52,7 +52,9 @@ def find_policy(name, model, settings=None, skip=None, warm_up_index=None, token
     make = find_factory(name)
     if skip is None:
         raise ValueError(f"policy {name} needs --skip, the share of feed-forward blocks to skip")
-    arguments = dict(warm_up_index=warm_up_index, tokens=tokens, seed=seed)
+    arguments = dict(tokens=tokens, seed=seed)
+    if warm_up_index is not None:
+        arguments["warm_up_index"] = warm_up_index
     try:
         if takes_fit(make):
             arguments["fitted"] = fitted
@@ -98,7 +100,7 @@ def shifted(policy, shift):
 
 
 def find_factory(name):
-    """make(model, skip, warm_up_index=None, tokens=None, seed=0) -> policy, by its name. Raises ValueError."""
+    """The factory called `name`, as baselines.py describes them. Raises ValueError."""
     file, _, factory = name.rpartition(":")
     if not file:
         if name not in FACTORIES:

@@ -100,7 +100,7 @@ class StandIns:
         return [math.exp(self.log_budget)] * n_layers
 
 
-def make(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
+def make(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=None):
     """
     The StandIns of the file `fitted` that skips the share `skip` of the tokens (batch, seq), if given; else of chat, as
     found when it was fitted, with a cap on what a token may skip, since free-running text feeds on itself.
@@ -110,7 +110,6 @@ def make(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
         raise ValueError("policy standins needs a fit of this checkpoint: python experiments/fit_standins.py --ckpt "
                          "... --text FILE makes one, and --standins FILE names one that lies elsewhere")
     parts, about = load(fitted, model)
-    warm_up_index = WARM_UP_INDEX if warm_up_index is None else warm_up_index
     if tokens is not None:
         n_layers = model.args.n_layers
         budgets = find_budgets(model, parts, [(skip, n_layers)], as_windows(tokens), warm_up_index)

@@ -7,7 +7,6 @@ import operator
 import re
 import subprocess
 
-import arms
 import fit_standins
 import pytest
 from policies import standins
@@ -304,43 +303,6 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     with pytest.raises(ValueError, match="^nosuch: no such file$"):
         standins.make(model, 0.2, fitted="nosuch")
     assert "no checkpoint at" in mistake(capsys, fit_standins.main, "--text", str(file), "--ckpt", "nosuch")
-
-
-@pytest.mark.parametrize("factory", [arms.by_layer, arms.by_cosine])
-def test_other_decisions_have_the_same_stand_ins(factory, tmp_path):
-    """What by_layer and by_cosine skip, done by hand with the same maps, gives the same logits."""
-    model = tiny_model()
-    fitted, tokens = random_fit(model), text(model)
-    file = write_fit(tmp_path / "f.safetensors", model, fitted, [[0.1, -9.0]])
-    policy, trace = factory(model, 0.25, 2, tokens, fitted=file), Trace()
-    out = model(tokens, policy=policy, trace=trace)
-    assert 0.1 < trace.ffn_skip_ratio(2) < 0.7
-    stand_ins = standins.StandIns(standins.ready(fitted, torch.float32), 0.0, 0)
-
-    def by_hand(layers, x, step):
-        for layer in layers:
-            h = layer.add_attention(x, step)
-            x = stand_ins.add_feed_forward(layer, h, step, active=trace.ran[layer.layer_id])
-        return x
-
-    assert close(out, model(tokens, policy=by_hand))
-    if factory is arms.by_layer:
-        skipped = ~trace.ran[:, :, 3:]  # (layer, batch, tokens past the warm-up)
-        assert (skipped.all(2).all(1) | ~skipped.any(2).any(1)).all()
-
-
-def test_a_map_that_replaces_layers_is_exact_where_they_are_linear():
-    """Layers whose blocks add nothing are the identity, which a regression must find; others are left alone."""
-    model = tiny_model(n_layers=4)
-    with torch.no_grad():
-        for layer in model.layers[1:3]:
-            layer.attention.wo.weight.zero_()
-            layer.feed_forward.w2.weight.zero_()
-    tokens = text(model)
-    policy, trace = arms.ReplaceMe(model, 0.5, 2, tokens), Trace()
-    assert policy.start == 1
-    assert close(model(tokens, policy=policy, trace=trace), model(tokens))
-    assert trace.ffn_skip_ratio(2) == 0.5 and trace.ran[:, :, :3].all()
 
 
 def test_the_shipped_fit_does_what_it_says_of_itself(demo):
