@@ -3,7 +3,6 @@ How a policy is measured: on windows of text, by its cosines and its skip ratio,
 brought to a ratio. A window is (ids, prompt_len): a list of token ids, of which the first prompt_len are prompt.
 """
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -24,8 +23,8 @@ def read_jsonl(path, *keys):
 
 def numbered_jsonl(path, *keys):
     """The same, as (line number, record). A record whose value is an empty text counts as an empty line."""
-    records, problem = [], "no record in it"
     expected = f"expected an object with {' or '.join(map(repr, keys))}"
+    records, problem = [], "no record in it"
     for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -33,10 +32,9 @@ def numbered_jsonl(path, *keys):
             record = json.loads(line)
         except ValueError:
             raise ValueError(f"{path}:{number}: not a line of JSON") from None
-        values = [record[key] for key in keys if record.get(key) is not None] if isinstance(record, dict) else []
-        if not values:
+        if not isinstance(record, dict) or all(record.get(key) is None for key in keys):
             raise ValueError(f"{path}:{number}: {expected}")
-        if any(values):
+        if any(record.get(key) for key in keys):
             records.append((number, record))
         else:
             problem = expected
@@ -62,17 +60,16 @@ def read_text(files):
 def read_cosines(file):
     """(tokens, n_layers) of a CSV file, one row per token and one column per layer, with or without a header."""
     rows = []
-    for number, cells in enumerate(csv.reader(read_utf8(file).split("\n")), 1):
-        values = [to_cosine(cell) for cell in cells]
-        if number == 1 and all(value is None for value in values):
-            continue  # a header
+    for number, line in enumerate(read_utf8(file).split("\n"), 1):
+        values = [to_cosine(cell) for cell in line.split(",")]
+        if not line.strip() or number == 1 and values == [None] * len(values):
+            continue  # an empty line, or a header
         if None in values:
             raise ValueError(f"{file}:{number}: not a row of cosines")
-        if rows and values and len(values) != len(rows[0]):
+        if rows and len(values) != len(rows[0]):
             before = f"and the rows before have {len(rows[0])}"
             raise ValueError(f"{file}:{number}: {len(values)} columns, {before}")
-        if values:
-            rows.append(values)
+        rows.append(values)
     if not rows:
         raise ValueError(f"{file}: no cosines in it: expected one row per token and one column per layer")
     return torch.tensor(rows)
@@ -181,10 +178,10 @@ def dense_state(model, tokens):
 def score(logits, dense_logits, tokens):
     """The scores (3, seq - 1) of compare_with_dense from two logits (seq, vocab) of tokens (seq,)."""
     scores = []
-    for first in range(0, len(tokens) - 1, 32):  # few enough rows for the processor's caches
-        rows = slice(first, min(first + 32, len(tokens) - 1))
-        log_p, log_dense = logits[rows].log_softmax(-1), dense_logits[rows].log_softmax(-1)  # (32, vocab)
-        nll = -log_p.gather(1, tokens[1:][rows, None])[:, 0]
+    # few enough rows at a time for the processor's caches
+    for ours, theirs, next_ids in zip(logits[:-1].split(32), dense_logits[:-1].split(32), tokens[1:].split(32)):
+        log_p, log_dense = ours.log_softmax(-1), theirs.log_softmax(-1)  # (32, vocab)
+        nll = -log_p.gather(1, next_ids[:, None])[:, 0]
         kl = (log_dense.exp() * (log_dense - log_p)).sum(-1)
         scores.append(torch.stack((nll, kl, (log_p.argmax(-1) == log_dense.argmax(-1)).float())))
     scores = torch.cat(scores, dim=1)

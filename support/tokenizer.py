@@ -70,18 +70,9 @@ class SentencePieceTokenizer:
     warning = None  # printed once, where a chat has no template
 
     def __init__(
-        self,
-        proto,
-        file,
-        eos_ids=(),
-        template=None,
-        special=(),
-        stated=(),
-        named=(),
-        add_bos=True,
-        match=True,
+        self, proto, file, eos_ids=(), template=None, special=(), stated=(), named=(), add_bos=True, match=True,
         legacy=None,
-    ):
+    ):  # fmt: skip
         if re.match(rb"[\w+/=]+ \d+\s", proto):
             raise LoadError(f"{file}: Llama-3's tiktoken file: put Hugging Face's tokenizer.json beside it")
         with load_errors(file, "not a sentencepiece model"):
