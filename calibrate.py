@@ -106,7 +106,7 @@ def verify(model, windows, reference, cosines, make, target):
 
 def find_ratios(cosines, policy, ratio_of):
     """
-    [threshold shift, ratio] pairs, by which `generate.py --skip R` plans, from 1 % up to all that the policy can skip:
+    [threshold shift, ratio] pairs, by which `generate.py --skip R` plans, from 1% up to all that the policy can skip:
     the shifts are planned by replay, and ratio_of(policy) says what they really skip.
     """
 

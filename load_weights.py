@@ -247,7 +247,7 @@ def read_hugging_face(config, files, shards):
                 raise LoadError(f"{file}: tensor {name} belongs to no LLaMA: {ADVICE}")
             rest = HUGGING_FACE[rest]
             if layer + rest in tensors:
-                raise LoadError(f"{file}: tensor {name} is in another file beside it too: leave only one of the two")
+                raise LoadError(f"{file}: tensor {name} is in another file beside it too: remove one of the two")
             if rest in heads:
                 check_tensor(file, name, tensor, (heads[rest] * args.head_dim, args.dim))
             tensors[layer + rest] = tensor

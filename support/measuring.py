@@ -45,16 +45,16 @@ def numbered_jsonl(path, *keys):
 
 def read_text(files):
     """The text of the files, one after the other: JSON lines with a key "text", or plain (as WikiText is)."""
-    parts = []
+    texts = []
     for file in map(Path, files):
         if file.suffix in (".jsonl", ".json"):
             for number, record in numbered_jsonl(file, "text"):
                 if not isinstance(record["text"], str):
                     raise ValueError(f"{file}:{number}: expected a text as the value of 'text'")
-                parts.append(record["text"])
+                texts.append(record["text"])
         else:
-            parts.append(read_utf8(file))
-    return "\n\n".join(parts)
+            texts.append(read_utf8(file))
+    return "\n\n".join(texts)
 
 
 def read_cosines(file):
@@ -213,10 +213,10 @@ def cold_regions(curve):
     """
     (cold_s, cold_e) from the mean cosine of each layer. In Figure 2 the curve falls over the first layers, rises, and
     falls over the last ones; the rising part is not cold. The paper gives no rule, this one is the project's own:
-    - layers at either end that lie lower than the middle half of the layers by more than its whole range are cold;
-    - of what is left, smoothed over three layers, the first half is cold up to the last layer that lies within a sixth
-      of the curve's range of its lowest, since where the curve is flat one low layer says little;
-    - the end is cold after the last layer that lies, itself, as near to the highest of the last quarter.
+    - Layers at either end that lie lower than the middle half of the layers by more than its whole range are cold.
+    - Of the rest, smoothed over three layers, the first half is cold up to the last layer that lies within a sixth of
+      the curve's range of its lowest, since where the curve is flat one low layer says little.
+    - The end is cold after the last layer that lies, itself, as near to the highest of the last quarter.
     It gives [10, 30) for LLaMA-2-7B and [10, 38) for 13B, on C4. In the authors' Figure 2 what is not red is [10, 29)
     and [10, 35); the code for their baselines has [10, 28) and [10, 35), and that for the method [5, n_layers - 5).
     """
@@ -224,23 +224,22 @@ def cold_regions(curve):
     quarter = max(1, len(curve) // 4)
     middle = curve[quarter:-quarter] if len(curve) > 2 * quarter else curve
     inside = (curve >= 2 * middle.min() - middle.max()).nonzero()
-    start, end = inside[0].item(), inside[-1].item() + 1
-    left = curve[start:end]
-    smooth = torch.stack([left[max(0, i - 1) : i + 2].mean() for i in range(len(left))])
+    start, rest = inside[0].item(), curve[inside[0] : inside[-1] + 1]
+    smooth = torch.stack([rest[max(0, i - 1) : i + 2].mean() for i in range(len(rest))])
     near = (smooth.max() - smooth.min()) / 6
-    cold_s = start
-    for i in range(len(left) // 2):
+    rising = 0
+    for i in range(len(rest) // 2):
         if smooth[i] < smooth.min() + near:
-            cold_s = start + i + 1
-    cold_e = cold_s
-    for i in range(cold_s - start, len(left)):
-        if left[i] >= smooth[-quarter:].max() - near:
-            cold_e = start + i + 1
-    return cold_s, cold_e
+            rising = i + 1
+    falling = rising
+    for i in range(rising, len(rest)):
+        if rest[i] >= smooth[-quarter:].max() - near:
+            falling = i + 1
+    return start + rising, start + falling
 
 
 def mean_interval(values, resamples=1000, seed=0):
-    """(mean, low, high): the mean of a list of numbers and the 95 % bootstrap interval of it (Efron 1979)."""
+    """(mean, low, high): the mean of a list of numbers and the 95% bootstrap interval of it (Efron 1979)."""
     values = numpy.asarray(values, dtype=float)
     drawn = numpy.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     low, high = numpy.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
