@@ -168,52 +168,20 @@ def gather_windows(model, tokenizer, options):
     return windows[:-held_out], windows[-held_out:], corpus
 
 
-class Recorded:
-    """Cosines in a file, from which settings are planned without a model."""
-
-    note = "planned from recorded cosines, not verified on the weights"
-
-    def __init__(self, file):
-        self.cosines, self.corpus = read_cosines(file), Path(file).name
-
-    def ratio_of(self, policy):
-        return replay(self.cosines, policy)
-
-    def choose(self, makers, skip):
-        """{name: (policy, None)} of Algorithm 1 as printed, if it reaches the share `skip`."""
-        policy, planned = plan(self.cosines, makers["as printed"], skip)
-        if policy is None or abs(planned - skip) > 0.01:
-            return {}
-        return {"as printed": (policy, None)}
-
-
-class Measured:
-    """Cosines of a model on text, and more text, held out, on which settings are tried."""
-
-    def __init__(self, model, tokenizer, options):
-        windows, self.held_out, self.corpus = gather_windows(model, tokenizer, options)
-        self.model, self.warm_up_index = model, options.warm_up_index
-        self.cosines = measure(model, windows, options.warm_up_index).cpu()
-        n_tokens = sum(len(ids) for ids, _ in self.held_out)
-        self.note = f"chosen for the least KL divergence from the dense model, on {n_tokens} tokens held out"
-
-    def ratio_of(self, policy):
-        return skip_ratio(self.model, policy, self.held_out)
-
-    def choose(self, makers, skip):
-        """
-        {name: (policy, quality)} of the candidates that reach the share `skip` of the text held out, the one nearest to
-        the dense model first. Prints their qualities.
-        """
-        reference, found = {}, {}
-        nothing = FFNSkip(0, 0, math.inf, self.warm_up_index)
-        qualities = {"dense": quality(self.model, self.held_out, nothing, reference)}
-        for name, make in makers.items():
-            best = verify(self.model, self.held_out, reference, self.cosines, make, skip)
-            if best is not None:
-                found[name], qualities[name] = best, best[1]
-        print(*quality_table(qualities), sep="\n", flush=True)
-        return dict(sorted(found.items(), key=lambda item: item[1][1]["kl"]))
+def choose(model, held_out, cosines, makers, options):
+    """
+    {name: (policy, quality)} of the candidates that reach the share --skip of the text held out, the one nearest to the
+    dense model first. Prints their qualities.
+    """
+    reference, found = {}, {}
+    nothing = FFNSkip(0, 0, math.inf, options.warm_up_index)
+    qualities = {"dense": quality(model, held_out, nothing, reference)}
+    for name, make in makers.items():
+        best = verify(model, held_out, reference, cosines, make, options.skip)
+        if best is not None:
+            found[name], qualities[name] = best, best[1]
+    print(*quality_table(qualities), sep="\n", flush=True)
+    return dict(sorted(found.items(), key=lambda item: item[1][1]["kl"]))
 
 
 def describe_curve(cosines, makers, cold_s, cold_e, corpus):
@@ -242,22 +210,29 @@ def main(argv=None):
     out = Path(options.out) if options.out else policies.settings_path(ckpt)
     name = common.model_name(ckpt) if ckpt else out.stem
     common.check_outputs(out, options.save_cosines)
+    model = held_out = None
     if options.cosines:
-        source = Recorded(options.cosines)
-        n_layers = read_checkpoint(ckpt)[0].n_layers if ckpt else source.cosines.size(1)
-        if n_layers != source.cosines.size(1):
-            raise ValueError(f"{options.cosines}: {source.cosines.size(1)} columns, and {name} has {n_layers} layers")
+        cosines, corpus = read_cosines(options.cosines), Path(options.cosines).name
+        n_layers = read_checkpoint(ckpt)[0].n_layers if ckpt else cosines.size(1)
+        if n_layers != cosines.size(1):
+            raise ValueError(f"{options.cosines}: {cosines.size(1)} columns, and {name} has {n_layers} layers")
     else:
         tokenizer, model = load(ckpt, common.find_device(options.device), options.dtype)
         print(f"[{name}: gathering text]", file=sys.stderr)
-        source = Measured(model, tokenizer, options)
-    cosines = source.cosines
+        windows, held_out, corpus = gather_windows(model, tokenizer, options)
+        cosines = measure(model, windows, options.warm_up_index).cpu()
     curve = cosines.mean(0)
     cold_s, cold_e = cold_regions(curve)
     makers = candidates(cosines, cold_s, cold_e, options.warm_up_index)
-    describe_curve(cosines, makers, cold_s, cold_e, source.corpus)
+    describe_curve(cosines, makers, cold_s, cold_e, corpus)
 
-    found = source.choose(makers, options.skip)
+    if model:
+        found = choose(model, held_out, cosines, makers, options)
+    else:
+        policy, planned = plan(cosines, makers["as printed"], options.skip)
+        found = {}
+        if policy and abs(planned - options.skip) <= 0.01:
+            found = {"as printed": (policy, None)}
     if not found:
         most = max(replay(cosines, make(-1.01)) for make in makers.values())
         regions = f"with the cold regions [0, {cold_s}) and [{cold_e}, {len(curve)})"
@@ -267,15 +242,19 @@ def main(argv=None):
     chosen = next(iter(found))
     policy, measured = found.pop(chosen)
     predicted, achieved, verified = replay(cosines, policy), None, "not verified"
-    if measured:
+    ratio_of, note = functools.partial(replay, cosines), "planned from recorded cosines, not verified on the weights"
+    if model:
         achieved = measured["ffn_skip_ratio"]
         verified = f"achieved {achieved:.3f}"
+        ratio_of = functools.partial(skip_ratio, model, windows=held_out)
+        n_tokens = sum(len(ids) for ids, _ in held_out)
+        note = f"chosen for the least KL divergence from the dense model, on {n_tokens} tokens held out"
     settings = dict(model=name, n_layers=len(curve), **asdict(policy))
-    settings["ratios"] = find_ratios(cosines, policy, source.ratio_of)
+    settings["ratios"] = find_ratios(cosines, policy, ratio_of)
     settings |= dict(target_skip=options.skip, predicted_skip=predicted, achieved_skip=achieved)
     settings |= dict(chosen=chosen, quality=measured, over={other: result for other, (_, result) in found.items()})
-    settings |= dict(corpus=source.corpus, tokens=len(cosines), seed=options.seed)
-    settings |= dict(curve=[round(value, 4) for value in curve.tolist()], note=source.note)
+    settings |= dict(corpus=corpus, tokens=len(cosines), seed=options.seed)
+    settings |= dict(curve=[round(value, 4) for value in curve.tolist()], note=note)
     if parallel.rank > 0:
         return  # the first process writes what they have measured together
     if options.save_cosines:

@@ -4,6 +4,7 @@ of whatever reads them.
 """
 
 import contextlib
+import fnmatch
 import re
 from pathlib import Path
 
@@ -17,11 +18,12 @@ FOREIGN = {  # the first bytes of what is often found under a file's name -> wha
     b"<": "a web page and not the file itself: download it again",
 }
 # what a trainer leaves beside the weights of a model
-OTHERS = "adapter|optim|sched|training_args|rng_state|random_states|pytorch_lora"
-ORDER = (  # of sets of weights, by their names
-    r"model\.safetensors", r"model-", r"consolidated.*safetensors", r"pytorch_model\.bin", r"pytorch_model-",
-    r"consolidated", "",
+ORDER = (  # in which weights are preferred, by the names of their files
+    "model.safetensors", "model-*.safetensors", "consolidated*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin",
+    "consolidated*.pth", "*.safetensors", "*.bin", "*.pth",
 )  # fmt: skip
+# what a trainer leaves beside the weights of a model
+OTHERS = "adapter|optim|sched|training_args|rng_state|random_states|pytorch_lora"
 # tables and masks that real files carry, and that model.py computes
 BUFFERS = r"rope\.freqs|inv_freq|freqs_(cis|cos|sin)|(cos|sin)_cached|position_ids|(^|[._])mask|masked_bias"
 
@@ -52,13 +54,14 @@ def file_kind(file):
     return None
 
 
-def weight_files(folder):
-    """The files of a folder whose names say that weights of a model are in them."""
-    files = []
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".safetensors", ".bin", ".pth") and not re.match(OTHERS, file.name):
-            files.append(file)
-    return files
+def weight_files(folder, more=()):
+    """The names of files in a folder, and of `more`, that say that weights of a model are in them, in ORDER."""
+    names, found = {file.name for file in folder.iterdir()}, []
+    for pattern in ORDER:
+        for name in sorted(fnmatch.filter(names.union(more), pattern)):
+            if name not in found and not re.match(OTHERS, name):
+                found.append(name)
+    return found
 
 
 def locate(path):
@@ -92,36 +95,26 @@ def weight_sets(folder, path):
     {name: files} for every set of weights in a folder, in ORDER; for a path to one of the files only its set. Shards
     are a set, and where there is an index, those that it names, whether they are there or not.
     """
-    sets = {}
-    for file in weight_files(folder):
-        sets.setdefault(set_name(file), []).append(file)
+    indexed = {}  # the name of a file -> that of its set
     for index in folder.glob("*.index.json"):
-        indexed = sorted({folder / file for file in read_json(index).get("weight_map", {}).values()})
-        for name, files in list(sets.items()):
-            sets[name] = [file for file in files if file not in indexed]
-            if not sets[name]:
-                del sets[name]
-        if indexed:
-            sets[set_name(indexed[0])] = indexed
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        for name in names:
+            indexed[name] = set_name(names[0])
+    sets = {}
+    for name in weight_files(folder, more=indexed):
+        sets.setdefault(indexed.get(name) or set_name(name), []).append(folder / name)
     if path.is_file():
         for name, files in sets.items():
             if folder / path.name in files:
                 return {name: files}
         if file_kind(path):
             return {path.name: [path]}
-    return {name: sets[name] for name in sorted(sets, key=order)}
+    return sets
 
 
-def set_name(file):
+def set_name(name):
     """model-*-of-00003.safetensors, the name of the set that model-00001-of-00003.safetensors is one file of."""
-    return re.sub(r"(?<=-)\d+(?=-of-)|(?<=consolidated\.)\d+(?=\.)", "*", file.name)
-
-
-def order(name):
-    """The place of a set of weights in ORDER, and its name where there are several of a kind."""
-    for i, pattern in enumerate(ORDER):
-        if re.match(pattern, name):
-            return i, name
+    return re.sub(r"(?<=-)\d+(?=-of-)|(?<=consolidated\.)\d+(?=\.)", "*", name)
 
 
 def check_complete(folder, name, files):

@@ -286,9 +286,9 @@ def calibrated(request, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "load", lambda *_: (Bytes(), model))
     for name in "measure", "quality", "skip_ratio":
 
-        def keep(model, *args, name=name, real=getattr(calibrate, name)):
-            worked_on.setdefault(name, []).append(args[name == "skip_ratio"])
-            return real(model, *args)
+        def keep(model, *args, name=name, real=getattr(calibrate, name), **kwargs):
+            worked_on.setdefault(name, []).append(kwargs["windows"] if kwargs else args[0])
+            return real(model, *args, **kwargs)
 
         monkeypatch.setattr(calibrate, name, keep)
     (tmp_path / "text.txt").write_text(NUMBERS)
