@@ -21,7 +21,7 @@ from support.tracing import Trace
 EXITS = ["statecopy", "statecopy_cosine", "earlyexit", "earlyexit_cosine"]
 CHANCE = ["random", "random_but_first", "random_run", "static", "static_run"]
 NAMES = ["random", "random_run", "static", "shortgpt", "skipdecode", *EXITS, "checkerboard"]
-LIKE_THOSE = ["random_but_first", "static_run", "printed", "authors"]  # other arguments of random, random_run, and of FFNSkip
+LIKE_THOSE = ["random_but_first", "static_run", "printed", "authors"]  # other arguments of random and of FFNSkip
 COMPLETE = ["random", "random_run", "static", "statecopy", "statecopy_cosine", "checkerboard"]
 
 

@@ -273,7 +273,7 @@ def test_windows_held_out_are_not_among_those_measured(own_text, tmp_path):
     assert all(len(ids) - prompt_len >= 6 + 8 for ids, prompt_len in windows + held_out)
     assert corpus == ("the model's own text" if own_text else "text.txt")
     if own_text:
-        assert windows + held_out == written_windows(model, [[0]] * 8, 63, seed=0)  # by the loop of generate.py, after 0
+        assert windows + held_out == written_windows(model, [[0]] * 8, 63, seed=0)  # by generate.py's loop, after 0
     else:
         assert windows + held_out == text_windows(Bytes(), NUMBERS, 1000, size=64)  # in the order of the text, and all
 
@@ -312,7 +312,8 @@ def test_the_ratios_in_the_settings_are_what_the_shifts_skip_of_the_text_held_ou
     assert isinstance(policy.sim_threshold, list) == ("per layer" in settings["chosen"])
     assert list(shifts) == sorted(shifts, reverse=True) and list(ratios) == sorted(ratios)
     for shift, ratio in settings["ratios"]:
-        assert skip_ratio(model, policies.shifted(policy, shift), held_out) == pytest.approx(ratio, abs=5.1e-5)  # four digits
+        moved = policies.shifted(policy, shift)
+        assert skip_ratio(model, moved, held_out) == pytest.approx(ratio, abs=5.1e-5)  # four digits
     for low, high in zip(ratios, ratios[1:]):
         planned = policies.find_policy("ffnskip", model, loaded, (low + high) / 2)
         assert low - 0.005 <= skip_ratio(model, planned, held_out) <= high + 0.005

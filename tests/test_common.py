@@ -191,7 +191,8 @@ def test_the_summary_says_what_was_planned(config, capsys):
     assert out["planned_skip_ratio"] == 0.15 and out["dense"]["planned_skip_ratio"] is None
     assert out["settings"]["skip"]["sim_threshold"] == pytest.approx(0.53)
     assert ["planned" in line for line in printed.err.splitlines()[:2]] == [False, True]
-    main(["--ckpt", CKPT, "--max-new-tokens", "4", "--policy", "random", "--skip", "0.3", "Once"])
+    flags = ["--policy", "random", "--skip", "0.3", "--warm-up-index", "-1"]
+    main(["--ckpt", CKPT, "--max-new-tokens", "4", *flags, "Once"])
     assert "(planned 30.0%)" in capsys.readouterr().err
 
 

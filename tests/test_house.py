@@ -102,7 +102,7 @@ def test_model_and_skip_import_torch_and_each_other():
 
 
 def test_only_a_policy_file_is_opened_by_its_path():
-    """And experiments/ names the folder above on sys.path, once per program; nothing else changes where imports look."""
+    """And experiments/ puts the folder above on sys.path; nothing else changes where imports look."""
     by_path = {}
     for name, file in OURS.items():
         text = file.read_text(encoding="utf-8")
