@@ -25,7 +25,6 @@ LIMITS = {  # lines
     "generate.py": 250,
     "calibrate.py": 310,
     "load_weights.py": 420,
-    "README.md": 130,
 }
 ALL_SOURCES = 6700
 
