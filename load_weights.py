@@ -169,6 +169,36 @@ def llama3_factors(args, factor, low_freq_factor, high_freq_factor, original_con
 def read_meta(config, files, shards):
     """Meta's layout, and our own: params.json with consolidated.*.pth, or with safetensors in Meta's names."""
     params = common.read_json(config)
+    args = meta_args(config, params)
+    embedding, wq = "tok_embeddings.weight", shards[0].get("layers.0.attention.wq.weight")
+    for shard in shards:
+        args.tie_word_embeddings = tie(shard, params.get("tie_word_embeddings"))
+    if args.tie_word_embeddings and "tie_word_embeddings" not in params:
+        note(f"[{config.parent}: one matrix is both the embedding and the output head]")
+    if wq is not None and wq.dim() == 2 and wq.size(0) * len(files) < args.n_heads * args.head_dim:
+        n_files = args.n_heads * args.head_dim // wq.size(0)
+        there = f"{len(files)} of {n_files} files consolidated.*.pth are there"
+        raise LoadError(f"{config.parent}: {there}: the download is not complete")
+    if params.get("vocab_size", -1) < 1 and embedding in shards[0]:  # -1 in LLaMA-2's: as many as the tokenizer has
+        args.vocab_size = shards[0][embedding].size(0)
+        if split_dim(embedding, shards[0], args) == 0:
+            args.vocab_size *= len(shards)
+
+    def read(name, dtype):
+        for file, shard in zip(files, shards):
+            if name not in shard:
+                raise LoadError(f"{file}: tensor {name} is missing, and a file beside it has it")
+        tensors = [shard[name] for shard in shards]
+        if tensors[0].dim() == 1:  # each shard has all of a norm
+            tensors = tensors[:1]
+        dim = split_dim(name, shards[0], args)
+        return parallel.read_share(name, tensors, dim)  # 2 x (4096, 5504) -> (4096, 11008)
+
+    return args, set().union(*shards), read
+
+
+def meta_args(config, params):
+    """The ModelArgs that params.json means. Raises LoadError for what model.py does not compute."""
     if params.get("moe") or "quantization_args" in params:
         raise LoadError(f"{config}: mixture of experts and quantised weights are not supported: {ADVICE}")
     sizes = {key: params[key] for key in ModelArgs.__dataclass_fields__ if params.get(key) is not None}
@@ -185,31 +215,7 @@ def read_meta(config, files, shards):
                 note(f"[{config}: use_scaled_rope says no factor: 8, as in Llama-3.1; Llama-3.2 has 32, which "
                      'params.json says with "rope_scaling_factor": 32]')
             args.freq_factors = llama3_factors(args, factor or 8, 1, 4, 8192)
-    embedding, wq = "tok_embeddings.weight", shards[0].get("layers.0.attention.wq.weight")
-    for shard in shards:
-        args.tie_word_embeddings = tie(shard, params.get("tie_word_embeddings"))
-    if args.tie_word_embeddings and "tie_word_embeddings" not in params:
-        note(f"[{config.parent}: one matrix is both the embedding and the output head]")
-    if wq is not None and wq.dim() == 2 and wq.size(0) * len(files) < args.n_heads * args.head_dim:
-        n_files = args.n_heads * args.head_dim // wq.size(0)
-        there = f"{len(files)} of {n_files} files consolidated.*.pth are there"
-        raise LoadError(f"{config.parent}: {there}: the download is not complete")
-    if sizes.get("vocab_size", -1) < 1 and embedding in shards[0]:  # -1 in LLaMA-2's: as many as the tokenizer has
-        args.vocab_size = shards[0][embedding].size(0)
-        if split_dim(embedding, shards[0], args) == 0:
-            args.vocab_size *= len(shards)
-
-    def read(name, dtype):
-        for file, shard in zip(files, shards):
-            if name not in shard:
-                raise LoadError(f"{file}: tensor {name} is missing, and a file beside it has it")
-        tensors = [shard[name] for shard in shards]
-        if tensors[0].dim() == 1:  # each shard has all of a norm
-            tensors = tensors[:1]
-        dim = split_dim(name, shards[0], args)
-        return parallel.read_share(name, tensors, dim)  # 2 x (4096, 5504) -> (4096, 11008)
-
-    return args, set().union(*shards), read
+    return args
 
 
 def split_dim(name, shard, args):

@@ -162,13 +162,13 @@ def block_influence(model, tokens):
     """
     influence = []
 
-    def watch(layers, x, step):
+    def record(layers, x, step):
         for layer in layers:
             past, x = x, layer(x, step)
             influence.append(1 - similarity(x, past, step).mean())
         return x
 
-    model(tokens, policy=watch, last_only=True)
+    model(tokens, policy=record, last_only=True)
     return torch.stack(influence).cpu()
 
 
