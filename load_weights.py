@@ -39,7 +39,7 @@ from support.checkpoint_report import describe, save
 from support.common import LoadError
 from support.gguf_file import ADVICE, read_gguf
 from support.tokenizer import load_tokenizer
-from support.weight_files import check_complete, check_tensor, load_errors, locate, read_tensors, weight_sets
+from support.weight_files import check_tensor, load_errors, locate, model_args, read_shards, weight_sets
 
 
 def load_model(path, device="cpu", dtype=None):
@@ -108,8 +108,7 @@ def note(line):
 
 def read_set(folder, name, files):
     """(args, names, read), as read_checkpoint gives them, of a set of files. The tensors' names tell the layout."""
-    check_complete(folder, name, files)
-    shards = [read_tensors(file) for file in files]
+    shards = read_shards(folder, name, files)
     params, config = folder / "params.json", folder / "config.json"
     if any("tok_embeddings.weight" in shard for shard in shards) or not config.exists():
         if not params.exists():
@@ -208,7 +207,7 @@ def meta_args(config, params):
             hidden_dim = int((params.get("ffn_dim_multiplier") or 1) * int(2 * (4 * sizes.get("dim", 4096)) / 3))
             multiple = params.get("multiple_of") or 256
             sizes["hidden_dim"] = (hidden_dim + multiple - 1) // multiple * multiple
-        args = ModelArgs(**sizes)
+        args = model_args(**sizes)
         if params.get("use_scaled_rope") and args.freq_factors is None:
             factor = params.get("rope_scaling_factor")
             if factor is None:
@@ -309,7 +308,7 @@ def hugging_face_args(file):
         if (config | rope).get(option, fine) != fine:
             raise LoadError(f"{file}: {option} {(config | rope)[option]!r} is not supported, only {fine!r}: {ADVICE}")
     with load_errors(file):
-        args = ModelArgs(
+        args = model_args(
             dim=config["hidden_size"],
             n_layers=config["num_hidden_layers"],
             n_heads=config["num_attention_heads"],

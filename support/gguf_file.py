@@ -10,9 +10,8 @@ import struct
 import torch
 
 from fast.parallel import share
-from model import ModelArgs
 from support.common import LoadError, import_optional
-from support.weight_files import load_errors
+from support.weight_files import load_errors, model_args
 
 ADVICE = "transformers or llama.cpp may run it"  # what model.py does not compute
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # kinds of token, alike in sentencepiece and GGUF
@@ -99,7 +98,7 @@ def gguf_args(path, value, shapes):
         raise LoadError(f"{path}: rotary embeddings over part of a head, or values of another size, are not supported")
     embedding = "token_embd.weight" if "token_embd.weight" in shapes else "output.weight"
     with load_errors(path, "its metadata makes no LLaMA"):
-        return ModelArgs(
+        return model_args(
             dim=value("llama.embedding_length"),
             n_layers=value("llama.block_count"),
             n_heads=value("llama.attention.head_count"),

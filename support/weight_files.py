@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from model import ModelArgs
 from support.common import LoadError, first_bytes, first_line, is_gguf, read_json
 
 FOREIGN = {  # the first bytes of what is often found under a file's name -> what it is
@@ -117,8 +118,8 @@ def set_name(name):
     return re.sub(r"(?<=-)\d+(?=-of-)|(?<=consolidated\.)\d+(?=\.)", "*", name)
 
 
-def check_complete(folder, name, files):
-    """Raise LoadError if one of the files of a set of weights is not there."""
+def read_shards(folder, name, files):
+    """What read_tensors gives of each of the files of a set of weights. Raises LoadError if one is not there."""
     for file in files:
         if not file.exists():
             raise LoadError(f"{file}: no such file, and an index names it: the download is not complete")
@@ -126,6 +127,7 @@ def check_complete(folder, name, files):
     if count and len(files) < int(count[1]):
         there = f"{len(files)} of {count[1]} files {name} are there"
         raise LoadError(f"{folder}: {there}: the download is not complete")
+    return [read_tensors(file) for file in files]
 
 
 def read_tensors(file):
@@ -145,6 +147,18 @@ def read_tensors(file):
     if not isinstance(tensors, dict) or not all(torch.is_tensor(tensor) for tensor in tensors.values()):
         raise LoadError(f"{file}: not a dictionary of tensors")
     return {name: tensor for name, tensor in tensors.items() if not re.search(f"({BUFFERS})$", name)}
+
+
+def model_args(**sizes):
+    """The ModelArgs of these sizes. Raises ValueError if they divide attention into no such heads."""
+    args = ModelArgs(**sizes)
+    if args.n_heads % args.n_kv_heads:
+        raise ValueError(f"n_heads {args.n_heads} is not a multiple of n_kv_heads {args.n_kv_heads}")
+    if sizes.get("head_dim") is None and args.dim % args.n_heads:
+        raise ValueError(f"dim {args.dim} is not a multiple of n_heads {args.n_heads}")
+    if args.head_dim % 2:
+        raise ValueError(f"head_dim {args.head_dim} is odd, and rotary embeddings turn pairs")
+    return args
 
 
 def check_tensor(file, name, tensor, shape):
