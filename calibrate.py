@@ -202,6 +202,15 @@ def describe_curve(cosines, makers, cold_s, cold_e, corpus):
     print(*common.table(rows), sep="\n", flush=True)
 
 
+def no_setting(cosines, makers, cold_s, cold_e, skip):
+    """The ValueError that says why no candidate skips the share `skip`."""
+    most = max(replay(cosines, make(-1.01)) for make in makers.values())
+    regions = f"with the cold regions [0, {cold_s}) and [{cold_e}, {cosines.size(1)})"
+    if most < skip:
+        return ValueError(f"a share of {skip} cannot be reached: at most {most:.3f} is possible {regions}")
+    return ValueError(f"no setting comes within 0.01 of a share of {skip} {regions}: try another --skip")
+
+
 def main(argv=None):
     options = parse_args(argv)
     ckpt = None
@@ -210,8 +219,8 @@ def main(argv=None):
     out = Path(options.out) if options.out else policies.settings_path(ckpt)
     name = common.model_name(ckpt) if ckpt else out.stem
     common.check_outputs(out, options.save_cosines)
-    model = held_out = None
     if options.cosines:
+        model = None
         cosines, corpus = read_cosines(options.cosines), Path(options.cosines).name
         n_layers = read_checkpoint(ckpt)[0].n_layers if ckpt else cosines.size(1)
         if n_layers != cosines.size(1):
@@ -228,27 +237,23 @@ def main(argv=None):
 
     if model:
         found = choose(model, held_out, cosines, makers, options)
-    else:
-        policy, planned = plan(cosines, makers["as printed"], options.skip)
-        found = {}
-        if policy and abs(planned - options.skip) <= 0.01:
-            found = {"as printed": (policy, None)}
-    if not found:
-        most = max(replay(cosines, make(-1.01)) for make in makers.values())
-        regions = f"with the cold regions [0, {cold_s}) and [{cold_e}, {len(curve)})"
-        if most < options.skip:
-            raise ValueError(f"a share of {options.skip} cannot be reached: at most {most:.3f} is possible {regions}")
-        raise ValueError(f"no setting comes within 0.01 of a share of {options.skip} {regions}: try another --skip")
-    chosen = next(iter(found))
-    policy, measured = found.pop(chosen)
-    predicted, achieved, verified = replay(cosines, policy), None, "not verified"
-    ratio_of, note = functools.partial(replay, cosines), "planned from recorded cosines, not verified on the weights"
-    if model:
-        achieved = measured["ffn_skip_ratio"]
-        verified = f"achieved {achieved:.3f}"
         ratio_of = functools.partial(skip_ratio, model, windows=held_out)
         n_tokens = sum(len(ids) for ids, _ in held_out)
         note = f"chosen for the least KL divergence from the dense model, on {n_tokens} tokens held out"
+    else:
+        policy, ratio = plan(cosines, makers["as printed"], options.skip)
+        found = {"as printed": (policy, None)} if policy and abs(ratio - options.skip) <= 0.01 else {}
+        ratio_of = functools.partial(replay, cosines)
+        note = "planned from recorded cosines, not verified on the weights"
+    if not found:
+        raise no_setting(cosines, makers, cold_s, cold_e, options.skip)
+    chosen = next(iter(found))
+    policy, measured = found.pop(chosen)
+    predicted, achieved, verified = replay(cosines, policy), None, "not verified"
+    if measured:
+        achieved = measured["ffn_skip_ratio"]
+        verified = f"achieved {achieved:.3f}"
+
     settings = dict(model=name, n_layers=len(curve), **asdict(policy))
     settings["ratios"] = find_ratios(cosines, policy, ratio_of)
     settings |= dict(target_skip=options.skip, predicted_skip=predicted, achieved_skip=achieved)

@@ -1,13 +1,10 @@
 """
 Several processes for a model that fits no single device: `torchrun --nproc-per-node 8 generate.py --ckpt llama-2-70b`.
 
-Tensor parallel (Megatron-LM, https://arxiv.org/abs/1909.08053): a process has its share of the heads, their part of the
-cache, and of hidden_dim; norms, embedding and head it has whole. So its model is a Transformer of smaller sizes, and a
-hook sums its blocks' outputs over the processes. A block that is skipped sends nothing, and no policy need know.
-
-No two decide differently, though nothing is agreed on: an all-reduce, by gloo or by NCCL's rings and trees, makes each
-sum once and sends its bits to all. So residual stream, cosines, logits and draws come from equal bits by equal steps,
-and processes.py refuses processes that may round differently.
+Tensor parallel (Megatron-LM, https://arxiv.org/abs/1909.08053): attention heads, their cache and hidden_dim are divided
+among the processes; norms, embedding and head are replicated. So a process has a Transformer of smaller sizes, and a
+hook sums its blocks' outputs over all. A skipped block sends nothing, and no policy need know. All decide alike: an
+all-reduce makes each sum once and sends its bits to all, and processes.py refuses processes that may round differently.
 """
 
 import math
@@ -20,7 +17,7 @@ rank, size = 0, 1  # this process among how many; processes.py sets them
 
 
 def local(args):
-    """The ModelArgs of one process's share. Raises ValueError if it is none of whole heads."""
+    """The ModelArgs of one process's share. Raises ValueError if that is no whole number of heads."""
     most = math.gcd(args.n_heads, args.n_kv_heads, args.hidden_dim)
     if most % size:
         sizes = f"n_heads {args.n_heads}, n_kv_heads {args.n_kv_heads} and hidden_dim {args.hidden_dim}"

@@ -105,8 +105,7 @@ class StandIns:
 def make(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=None):
     """
     The StandIns of the file `fitted` that skips the share `skip` of the tokens (batch, seq), if given; else of chat, as
-    found when it was fitted, with a cap on what a token may skip, since free-running text feeds on itself.
-    Raises ValueError without a fit of this model.
+    found by the fit, with a cap per token, since free-running text feeds on itself. ValueError without a fit.
     """
     if fitted is None:
         raise ValueError("policy standins needs a fit of this checkpoint: python experiments/fit_standins.py --ckpt "
@@ -129,10 +128,7 @@ def cap(model, skip):
 
 
 def find_budgets(model, tensors, wanted, windows, warm_up_index=WARM_UP_INDEX):
-    """
-    For each (skip, most) wanted, the log budget at which the share `skip` of the blocks of windows is predicted to do
-    less harm, counting `most` per token: the policy skips so many, up to half a point.
-    """
+    """Per (skip, most) wanted: the log budget at which the share `skip` of blocks is skipped, at most `most` per token."""
     policy, budgets = StandIns(tensors, -math.inf, model.args.n_layers, warm_up_index), []
     harm = measure(model, windows, warm_up_index, policy).log()  # (tokens, n_layers), log nats
     for skip, most in common.progress(wanted, "budgets"):

@@ -108,8 +108,8 @@ def as_tokens(model, ids):
 
 def measure(model, windows, warm_up_index, policy=None):
     """
-    (tokens, n_layers) fp32: cosine before and after each FFN block of the dense model, past the warm-up; or what
-    another policy, which must record it for every layer, compares in its place. ValueError if no window is that long.
+    (tokens, n_layers) fp32: the cosine before and after each FFN block of the dense model, past the warm-up; or what
+    another policy records for every layer instead. Raises ValueError if no window is that long.
     """
     if policy is None:
         policy = FFNSkip(0, model.args.n_layers, math.inf, warm_up_index)  # measures every layer, skips none
@@ -145,10 +145,10 @@ def skip_ratio(model, policy, windows):
 
 def compare_with_dense(model, windows, policy, reference, decode=False, label="comparing"):
     """
-    For each window (ids, prompt_len) yield what the policy makes of it: scores (3, seq - 1) of its predictions, namely
-    the negative log-likelihood of the token that follows, the KL divergence from the dense model (both in nats), and 1
-    where the likeliest token is the dense model's; then the Trace and the KVCache. In one parallel pass, or with
-    `decode` token by token. reference is a dict that keeps the dense model's part of the work for the next call.
+    For each window (ids, prompt_len) yield scores (3, seq - 1) of the policy's predictions: the negative log-likelihood
+    of the next token, the KL divergence from the dense model (both in nats), and 1 where the likeliest token is the
+    dense model's; then the Trace and the KVCache. In one parallel pass, or with `decode` token by token. reference is a
+    dict that keeps the dense model's states for the next call.
     """
     weight = model.tok_embeddings.weight
     for number, (ids, prompt_len) in enumerate(progress(windows, label)):
@@ -253,9 +253,8 @@ def paired_interval(ours, theirs, resamples=1000, seed=0):
 
 def bring_to(at, most, least, wanted, tolerance=0.003, tries=14, first=None):
     """
-    Search between `most` and `least`, the values at which most and least is skipped, for one whose ratio is within
-    `tolerance` of the wanted one. Return what at(value) = (policy, ratio) gave there, or for the nearest of so many
-    tries. `first` is the value to begin with.
+    What at(value) = (policy, ratio) gives where the ratio is within `tolerance` of the wanted one, or else the nearest
+    of so many tries. `most`, `least`: the values at which most and least is skipped; `first`: the one to begin with.
     """
     ratio_most, ratio_least = 1.0, 0.0  # as far as we know yet
     best, miss = None, math.inf
