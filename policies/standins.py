@@ -128,7 +128,7 @@ def cap(model, skip):
 
 
 def find_budgets(model, tensors, wanted, windows, warm_up_index=WARM_UP_INDEX):
-    """Per (skip, most) wanted: the log budget at which the share `skip` of blocks is skipped, at most `most` per token."""
+    """Per (skip, most) wanted: the log budget that skips the share `skip` of the blocks, at most `most` per token."""
     policy, budgets = StandIns(tensors, -math.inf, model.args.n_layers, warm_up_index), []
     harm = measure(model, windows, warm_up_index, policy).log()  # (tokens, n_layers), log nats
     for skip, most in common.progress(wanted, "budgets"):

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import traceback
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -274,10 +275,7 @@ def nbytes(module):
 
 def first_difference(a, b):
     """Index of the first element in which two lists differ; the length of the shorter if one begins with the other."""
-    for i, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    return len(commonprefix([a, b]))
 
 
 def table(rows):
