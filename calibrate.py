@@ -18,15 +18,16 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
+import numpy
 
-from support import common
-from fast import parallel
 import policies
-from generate import written_windows
+from fast import parallel
 from load_weights import load, read_checkpoint
+from skip import FFNSkip
+from support import common
 from support.measuring import (
     bring_to,
+    cold_regions,
     measure,
     quality,
     quality_table,
@@ -35,40 +36,10 @@ from support.measuring import (
     replay,
     skip_ratio,
     text_windows,
+    written_text,
 )
-from skip import FFNSkip
 
 NEVER = 2.0  # a threshold no cosine reaches
-
-
-def cold_regions(curve):
-    """
-    (cold_s, cold_e) from the mean cosine of each layer. In Figure 2 the curve falls over the first layers, rises, and
-    falls over the last ones; the rising part is not cold. The paper gives no rule, this one is the project's own:
-    - layers at either end that lie lower than the middle half of the layers by more than its whole range are cold;
-    - of what is left, smoothed over three layers, the first half is cold up to the last layer that lies within a sixth
-      of the curve's range of its lowest, since where the curve is flat one low layer says little;
-    - the end is cold after the last layer that lies, itself, as near to the highest of the last quarter.
-    It gives [10, 30) for LLaMA-2-7B and [10, 38) for 13B, on C4. In the authors' Figure 2 what is not red is [10, 29)
-    and [10, 35); the code for their baselines has [10, 28) and [10, 35), and that for the method [5, n_layers - 5).
-    """
-    curve = torch.as_tensor(curve, dtype=torch.float64)
-    quarter = max(1, len(curve) // 4)
-    middle = curve[quarter:-quarter] if len(curve) > 2 * quarter else curve
-    inside = (curve >= 2 * middle.min() - middle.max()).nonzero()
-    start, end = inside[0].item(), inside[-1].item() + 1
-    left = curve[start:end]
-    smooth = torch.stack([left[max(0, i - 1) : i + 2].mean() for i in range(len(left))])
-    near = (smooth.max() - smooth.min()) / 6
-    cold_s = start
-    for i in range(len(left) // 2):
-        if smooth[i] < smooth.min() + near:
-            cold_s = start + i + 1
-    cold_e = cold_s
-    for i in range(cold_s - start, len(left)):
-        if left[i] >= smooth[-quarter:].max() - near:
-            cold_e = start + i + 1
-    return cold_s, cold_e
 
 
 def plan(cosines, make, wanted):
@@ -119,21 +90,23 @@ def verify(model, windows, reference, cosines, make, target):
     what was missed; None if no try comes within 0.01. It goes on to 0.005, so that all are compared at one ratio.
     """
     most = replay(cosines, make(-1.01))
+    if most < target:
+        return None
 
-    def at(negative):  # of the share to plan for, since bring_to wants a ratio that falls
-        policy, _ = plan(cosines, make, -negative)
+    def at(share):
+        policy, _ = plan(cosines, make, share)
         found = quality(model, windows, policy, reference)
         return (policy, found), found["ffn_skip_ratio"]
 
-    if most < target:
+    best, ratio = bring_to(at, most, 0.0, target, tolerance=0.005, tries=6, first=target)
+    if abs(ratio - target) > 0.01:
         return None
-    best, ratio = bring_to(at, -most, 0.0, target, tolerance=0.005, tries=6, first=-target)
-    return best if abs(ratio - target) <= 0.01 else None
+    return best
 
 
 def find_ratios(cosines, policy, ratio_of):
     """
-    [threshold shift, ratio] pairs, by which `generate.py --skip R` plans, from 1 % up to all that the policy can skip:
+    [threshold shift, ratio] pairs, by which `generate.py --skip R` plans, from 1% up to all that the policy can skip:
     the shifts are planned by replay, and ratio_of(policy) says what they really skip.
     """
 
@@ -149,47 +122,18 @@ def find_ratios(cosines, policy, ratio_of):
     return pairs
 
 
-def draw_curve(curve, cold_s, cold_e):
-    """Lines for a terminal: one bar per layer, from the lowest cosine that is not cold to 1."""
-    low = min(curve[cold_s:cold_e], default=0) - 0.01
-    for i, value in enumerate(curve):
-        bar = "█" * round(40 * max(0.0, value - low) / (1 - low))
-        cold = "" if cold_s <= i < cold_e else "  cold"
-        yield f"  layer {i:2}  {value:.3f}  {bar}{cold}"
-
-
-def plot_curve(path, curve, cold_s, cold_e, title):
-    """Figure 2 of the paper: the curve over the layers, cold regions red, the rest yellow."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws into files, with or without a screen
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    axes.axvspan(-0.5, cold_s - 0.5, color="red", alpha=0.15, label="cold")
-    axes.axvspan(cold_s - 0.5, cold_e - 0.5, color="gold", alpha=0.2, label="may skip")
-    axes.axvspan(cold_e - 0.5, len(curve) - 0.5, color="red", alpha=0.15)
-    axes.plot(curve, marker=".", color="black")
-    axes.set(xlabel="layer", ylabel="cosine before and after the FFN", title=title, xlim=(-0.5, len(curve) - 0.5))
-    axes.legend(loc="lower center")
-    figure.savefig(path, dpi=150)
-
-
 def parse_args(argv):
     parser = common.Parser(__doc__)
     add = parser.add_argument
     common.add_model_arguments(parser)
-    add("--skip", "--target-skip", type=float, default=0.25, metavar="R",
+    add("--skip", type=float, default=0.25, metavar="R",
         help="share of all FFN blocks to skip past the warm-up (default 0.25)")
     add("--text", nargs="+", metavar="FILE", help='text, plain or JSON lines with a key "text"; default: its own')
-    add("--generated", action="store_true", help="measure on 128 tokens generated after prompts from the text")
-    add("--samples", type=common.positive, default=8, metavar="N", help="texts to generate, where any are (default 8)")
     add("--max-tokens", type=common.positive, default=4608, metavar="N", help="of text to work on (default 4608)")
     add("--warm-up-index", type=int, default=25, metavar="N", help="tokens 0 to N of a text run in full (default 25)")
     add("--out", metavar="FILE", help="where to write the settings; default: beside the checkpoint")
     add("--save-cosines", metavar="FILE", help="write the cosines as CSV, one row per token and one column per layer")
     add("--cosines", metavar="FILE", help="plan from such a file, without a model")
-    add("--plot", metavar="FILE", help="draw the curve as Figure 2 does (needs matplotlib)")
     options = parser.parse_args(argv)
     if not 0 < options.skip < 1:
         parser.error(f"--skip {options.skip} is not a share between 0 and 1")
@@ -203,21 +147,19 @@ def parse_args(argv):
 def gather_windows(model, tokenizer, options):
     """Windows to measure on and windows held out, two thirds and one third of --max-tokens; and a name for the text."""
     size, least = min(512, model.args.max_seq_len), options.warm_up_index + 9  # tokens per window
-    if options.text is None:
-        corpus, n_new = "the model's own text", size - 1
-        begin = min({tokenizer.bos_id} - {None} or tokenizer.eos_ids, default=None)
-        if begin is None:
-            raise ValueError("the tokenizer names no token that begins or ends a text: give --text")
-        texts = max(2, min(options.samples, options.max_tokens // n_new))
-        windows = written_windows(model, [[begin]] * texts, n_new, options.seed)
-    else:
+    if options.text:
         corpus = ", ".join(Path(file).name for file in options.text)
         windows = text_windows(tokenizer, read_text(options.text), options.max_tokens, size)
-        if options.generated and windows:
-            corpus += ", 128 tokens generated after each of its prompts"
-            order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed)).tolist()
-            prompts = [windows[i][0][: min(128, size // 2)] for i in order[: options.samples]]
-            windows = written_windows(model, prompts, min(128, size - size // 2), options.seed)
+    else:
+        corpus = "the model's own text"
+        begin = tokenizer.bos_id
+        if begin is None:
+            begin = min(tokenizer.eos_ids, default=None)
+        if begin is None:
+            raise ValueError("the tokenizer names no token that begins or ends a text: give --text")
+        n_texts = max(2, min(8, options.max_tokens // (size - 1)))
+        written = written_text(model, n_texts, size - 1, options.seed, begin)
+        windows = [([begin, *ids], 1) for ids in written.tolist()]
     windows = [(ids, prompt_len) for ids, prompt_len in windows if len(ids) - prompt_len >= least]
     if len(windows) < 2:
         raise ValueError(f"too little text: two windows of at least {least} tokens are needed, "
@@ -227,7 +169,10 @@ def gather_windows(model, tokenizer, options):
 
 
 def choose(model, held_out, cosines, makers, options):
-    """Try every candidate on the windows held out: {name: (policy, quality)} of those that reach the ratio."""
+    """
+    {name: (policy, quality)} of the candidates that reach the share --skip of the text held out, the one nearest to the
+    dense model first. Prints their qualities.
+    """
     reference, found = {}, {}
     nothing = FFNSkip(0, 0, math.inf, options.warm_up_index)
     qualities = {"dense": quality(model, held_out, nothing, reference)}
@@ -236,32 +181,46 @@ def choose(model, held_out, cosines, makers, options):
         if best is not None:
             found[name], qualities[name] = best, best[1]
     print(*quality_table(qualities), sep="\n", flush=True)
-    return found
+    return dict(sorted(found.items(), key=lambda item: item[1][1]["kl"]))
 
 
 def describe_curve(cosines, makers, cold_s, cold_e, corpus):
     """Print the curve, the cold regions, and what Algorithm 1 and two of the candidates skip at usual thresholds."""
     curve = cosines.mean(0).tolist()
+    low = min(curve[cold_s:cold_e], default=0) - 0.01  # where the bars begin; they end at 1
     print(f"mean cosine before and after each FFN block, {len(cosines)} tokens of {corpus}:")
-    print(*draw_curve(curve, cold_s, cold_e), sep="\n")
+    for i, value in enumerate(curve):
+        bar = "█" * round(40 * max(0.0, value - low) / (1 - low))
+        cold = "" if cold_s <= i < cold_e else "  cold"
+        print(f"  layer {i:2}  {value:.3f}  {bar}{cold}")
     print(f"cold regions: [0, {cold_s}) and [{cold_e}, {len(curve)})")
     print("share of FFN blocks skipped, as predicted:")
     rows = [["sim_threshold", *list(makers)[:3]]]
     for threshold in 0.90, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99:
-        rows.append([f"{threshold:.2f}", *(f"{replay(cosines, makers[name](threshold)):.3f}" for name in rows[0][1:])])
+        ratios = [replay(cosines, makers[name](threshold)) for name in rows[0][1:]]
+        rows.append([f"{threshold:.2f}", *(f"{ratio:.3f}" for ratio in ratios)])
     print(*common.table(rows), sep="\n", flush=True)
+
+
+def no_setting(cosines, makers, cold_s, cold_e, skip):
+    """The ValueError that says why no candidate skips the share `skip`."""
+    most = max(replay(cosines, make(-1.01)) for make in makers.values())
+    regions = f"with the cold regions [0, {cold_s}) and [{cold_e}, {cosines.size(1)})"
+    if most < skip:
+        return ValueError(f"a share of {skip} cannot be reached: at most {most:.3f} is possible {regions}")
+    return ValueError(f"no setting comes within 0.01 of a share of {skip} {regions}: try another --skip")
 
 
 def main(argv=None):
     options = parse_args(argv)
-    ckpt = None if options.cosines and not options.ckpt else common.find_checkpoint(options.ckpt)
+    ckpt = None
+    if options.ckpt or not options.cosines:
+        ckpt = common.find_checkpoint(options.ckpt)
     out = Path(options.out) if options.out else policies.settings_path(ckpt)
     name = common.model_name(ckpt) if ckpt else out.stem
-    common.check_outputs(out, options.plot, options.save_cosines)
-    if options.plot:
-        common.import_optional("matplotlib", "--plot")
-    model = None
+    common.check_outputs(out, options.save_cosines)
     if options.cosines:
+        model = None
         cosines, corpus = read_cosines(options.cosines), Path(options.cosines).name
         n_layers = read_checkpoint(ckpt)[0].n_layers if ckpt else cosines.size(1)
         if n_layers != cosines.size(1):
@@ -271,7 +230,8 @@ def main(argv=None):
         print(f"[{name}: gathering text]", file=sys.stderr)
         windows, held_out, corpus = gather_windows(model, tokenizer, options)
         cosines = measure(model, windows, options.warm_up_index).cpu()
-    cold_s, cold_e = cold_regions(cosines.mean(0))
+    curve = cosines.mean(0)
+    cold_s, cold_e = cold_regions(curve)
     makers = candidates(cosines, cold_s, cold_e, options.warm_up_index)
     describe_curve(cosines, makers, cold_s, cold_e, corpus)
 
@@ -281,36 +241,30 @@ def main(argv=None):
         n_tokens = sum(len(ids) for ids, _ in held_out)
         note = f"chosen for the least KL divergence from the dense model, on {n_tokens} tokens held out"
     else:
-        policy, planned = plan(cosines, makers["as printed"], options.skip)
-        found = {"as printed": (policy, None)} if policy and abs(planned - options.skip) <= 0.01 else {}
+        policy, ratio = plan(cosines, makers["as printed"], options.skip)
+        found = {"as printed": (policy, None)} if policy and abs(ratio - options.skip) <= 0.01 else {}
         ratio_of = functools.partial(replay, cosines)
         note = "planned from recorded cosines, not verified on the weights"
     if not found:
-        most = max(replay(cosines, make(-1.01)) for make in makers.values())
-        regions = f"with the cold regions [0, {cold_s}) and [{cold_e}, {cosines.size(1)})"
-        if most < options.skip:
-            raise ValueError(f"a share of {options.skip} cannot be reached: at most {most:.3f} is possible {regions}")
-        raise ValueError(f"no setting comes within 0.01 of a share of {options.skip} {regions}: try another --skip")
-    chosen = min(found, key=lambda name: found[name][1]["kl"] if model else 0)
+        raise no_setting(cosines, makers, cold_s, cold_e, options.skip)
+    chosen = next(iter(found))
     policy, measured = found.pop(chosen)
-    predicted, achieved = replay(cosines, policy), measured and measured["ffn_skip_ratio"]
-    curve = cosines.mean(0).tolist()
+    predicted, achieved, verified = replay(cosines, policy), None, "not verified"
+    if measured:
+        achieved = measured["ffn_skip_ratio"]
+        verified = f"achieved {achieved:.3f}"
+
     settings = dict(model=name, n_layers=len(curve), **asdict(policy))
-    settings |= dict(ratios=find_ratios(cosines, policy, ratio_of), target_skip=options.skip, predicted_skip=predicted)
+    settings["ratios"] = find_ratios(cosines, policy, ratio_of)
+    settings |= dict(target_skip=options.skip, predicted_skip=predicted, achieved_skip=achieved)
+    settings |= dict(chosen=chosen, quality=measured, over={other: result for other, (_, result) in found.items()})
+    settings |= dict(corpus=corpus, tokens=len(cosines), seed=options.seed)
+    settings |= dict(curve=[round(value, 4) for value in curve.tolist()], note=note)
     if parallel.rank > 0:
         return  # the first process writes what they have measured together
     if options.save_cosines:
-        with open(options.save_cosines, "w", newline="") as file:
-            for row in cosines.tolist():
-                file.write(",".join(f"{value:.5f}" for value in row) + "\n")
-    settings |= dict(achieved_skip=achieved, chosen=chosen, quality=measured)
-    settings |= dict(over={other: result for other, (_, result) in found.items()})
-    settings |= dict(corpus=corpus, tokens=len(cosines), seed=options.seed)
-    settings |= dict(curve=[round(value, 4) for value in curve], note=note)
-    verified = "not verified" if achieved is None else f"achieved {achieved:.3f}"
+        numpy.savetxt(options.save_cosines, cosines, fmt="%.5f", delimiter=",")
     out.write_text(common.to_json(settings, indent=1) + "\n", encoding="utf-8")
-    if options.plot:
-        plot_curve(options.plot, curve, cold_s, cold_e, f"{name}, {corpus}")
     print(f"chosen: {chosen}; predicted {predicted:.3f}; {verified}; written to {out}")
 
 

@@ -143,7 +143,7 @@ def parse_args(argv):
     add("task", choices=TASKS)
     add("--data", metavar="FILE", help="see the tasks above")
     common.add_model_arguments(parser)
-    add("--policies", type=listed(str), default=[*OWN, *POLICIES], metavar="A,B",
+    add("--policies", type=listed(str), default=list(dict.fromkeys([*OWN, *POLICIES])), metavar="A,B",
         help="dense, ffnskip, printed (Algorithm 1 as printed: skip up to cold_e; cold regions by calibrate.py's "
         "rule), names in policies/baselines.py, FILE.py:FACTORY; default: all")
     add("--skip", type=listed(float), default=[0.05, 0.15, 0.25, 0.35], metavar="R,R",

@@ -1,13 +1,10 @@
 """
 Several processes for a model that fits no single device: `torchrun --nproc-per-node 8 generate.py --ckpt llama-2-70b`.
 
-Tensor parallel (Megatron-LM, https://arxiv.org/abs/1909.08053): a process has its share of the heads, their part of the
-cache, and of hidden_dim; norms, embedding and head it has whole. So its model is a Transformer of smaller sizes, and a
-hook sums its blocks' outputs over the processes. A block that is skipped sends nothing, and no policy need know.
-
-No two decide differently, though nothing is agreed on: an all-reduce, by gloo or by NCCL's rings and trees, makes each
-sum once and sends its bits to all. So residual stream, cosines, logits and draws come from equal bits by equal steps,
-and processes.py refuses processes that may round differently.
+Tensor parallel (Megatron-LM, https://arxiv.org/abs/1909.08053): attention heads, their cache and hidden_dim are divided
+among the processes; norms, embedding and head are replicated. So a process has a Transformer of smaller sizes, and a
+hook sums its blocks' outputs over all. A skipped block sends nothing, and no policy need know. All decide alike: an
+all-reduce makes each sum once and sends its bits to all, and processes.py refuses processes that may round differently.
 """
 
 import math
@@ -20,7 +17,7 @@ rank, size = 0, 1  # this process among how many; processes.py sets them
 
 
 def local(args):
-    """The ModelArgs of one process's share. Raises ValueError if it is none of whole heads."""
+    """The ModelArgs of one process's share. Raises ValueError if that is no whole number of heads."""
     most = math.gcd(args.n_heads, args.n_kv_heads, args.hidden_dim)
     if most % size:
         sizes = f"n_heads {args.n_heads}, n_kv_heads {args.n_kv_heads} and hidden_dim {args.hidden_dim}"
@@ -39,34 +36,37 @@ def connect(model):
 
 
 def add_up(module, inputs, out):
-    """A forward hook: out, (..., dim), becomes its sum over the processes. Raises ValueError, as when one has ended."""
-    try:
-        dist.all_reduce(out)
-    except RuntimeError as error:
-        why = str(error).split("\n")[0].split(". ")[0]
-        raise ValueError(f"adding up over {size} processes failed, as it does when one has ended: {why}") from None
+    """A forward hook: out, (..., dim), becomes its sum over the processes."""
+    dist.all_reduce(out)
+    return out
 
 
 def split_dim(name):
     """The dimension in which the matrix of that name is divided, as in Meta's shards; None: each has all of it."""
     if not name.startswith("layers.") or name.endswith("norm.weight"):
         return None
-    return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+    if name.endswith(("wo.weight", "w2.weight")):
+        return 1
+    return 0
 
 
 def share(name, n, dim):
     """The slice of n rows (dim 0) or columns (dim 1) of the matrix `name` that this process has."""
-    return slice(n * rank // size, n * (rank + 1) // size) if dim == split_dim(name) else slice(0, n)
+    if dim != split_dim(name):
+        return slice(0, n)
+    return slice(n * rank // size, n * (rank + 1) // size)
 
 
-def part(name, tensors, dim):
-    """This process's share of the matrix that `tensors` are, put together in dim; no other bytes of them are read."""
+def read_share(name, shards, dim):
+    """This process's share of the matrix that `shards` are, put together in dim; no other bytes of them are read."""
     if size > 1 and split_dim(name) is not None:
-        n = tensors[0].size(dim)
-        wanted, pieces = share(name, n * len(tensors), dim), []
-        for i, tensor in enumerate(tensors):
+        n, pieces = shards[0].size(dim), []
+        wanted = share(name, n * len(shards), dim)
+        for i, shard in enumerate(shards):
             start, stop = max(wanted.start - i * n, 0), min(wanted.stop - i * n, n)
             if start < stop:
-                pieces.append(tensor.narrow(dim, start, stop - start).contiguous())  # a copy only of columns
-        tensors = pieces
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+                pieces.append(shard.narrow(dim, start, stop - start).contiguous())  # a copy only of columns
+        shards = pieces
+    if len(shards) == 1:
+        return shards[0]
+    return torch.cat(shards, dim)

@@ -1,25 +1,26 @@
 """
 Policies by their names, and what belongs to a checkpoint for them: the skip settings that calibrate.py writes, and the
-fit that experiments/standins.py writes.
+fit that experiments/fit_standins.py writes.
 """
 
 import functools
 import importlib.util
 import inspect
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy
 
-from support.common import HERE, LoadError, beside, first_line, model_name, policy_files, read_json
 from model import dense
 from policies import baselines, standins
 from skip import FFNSkip
+from support.common import HERE, LoadError, beside, first_line, model_name, policy_files, read_json
+
+FACTORIES = {"standins": standins.make, **baselines.POLICIES}
 
 
 def add_skip_arguments(parser):
-    """--skip-config and a flag for each setting of FFNSkip but warm_up_index; returns the group."""
+    """The flags that find_settings and find_fitted read; returns the group."""
     group = parser.add_argument_group(
         "skipping", "Settings come from --skip-config, else from skip.json in the checkpoint's folder (STEM.skip.json "
         "beside a GGUF file), else from config/; each flag overrides one of them.")
@@ -29,17 +30,15 @@ def add_skip_arguments(parser):
     add("--cold-s", type=int, metavar="L", help="layers below L always run in full")
     add("--cold-e", type=int, metavar="L", help="layers from L on always run in full")
     add("--k", type=int, help="skip K blocks at a time; 0: all up to --cold-e, as Algorithm 1 is printed")
-    add("--no-recheck", dest="recheck", action="store_false", default=None, help="after K blocks, run the rest in full")
-    add("--full-every", type=int, metavar="N", help="run every Nth token in full; 0: none")
-    add("--standins", metavar="FILE", help="the fit of experiments/standins.py, for --policy standins")
+    add("--standins", metavar="FILE", help="the fit of experiments/fit_standins.py, for --policy standins")
     return group
 
 
 def find_policy(name, model, settings=None, skip=None, warm_up_index=None, tokens=None, seed=0, fitted=None):
     """
-    The policy called `name`: dense, ffnskip (from its settings), standins, one of experiments/baselines.py, or
-    FILE.py:FACTORY as in find_factory. skip, warm_up_index: None for what the settings or the policy say. `fitted`, the
-    file of a fit, is for a factory that has an argument of that name. Raises ValueError.
+    The policy called `name`: dense, ffnskip (from its settings), one of FACTORIES, or FILE.py:FACTORY. skip,
+    warm_up_index: None for what the settings or the policy say. `fitted`, the file of a fit, is for a factory that has
+    an argument of that name. Raises ValueError.
     """
     if name == "dense":
         if skip is not None or warm_up_index is not None:
@@ -53,7 +52,9 @@ def find_policy(name, model, settings=None, skip=None, warm_up_index=None, token
     make = find_factory(name)
     if skip is None:
         raise ValueError(f"policy {name} needs --skip, the share of feed-forward blocks to skip")
-    arguments = dict(warm_up_index=warm_up_index, tokens=tokens, seed=seed)
+    arguments = dict(tokens=tokens, seed=seed)
+    if warm_up_index is not None:
+        arguments["warm_up_index"] = warm_up_index
     try:
         if takes_fit(make):
             arguments["fitted"] = fitted
@@ -99,17 +100,16 @@ def shifted(policy, shift):
 
 
 def find_factory(name):
-    """make(model, skip, warm_up_index=None, tokens=None, seed=0) -> policy, by its name. Raises ValueError."""
-    if name == "standins":
-        return standins.make
+    """The factory called `name`, as baselines.py describes them. Raises ValueError."""
     file, _, factory = name.rpartition(":")
-    policies = baselines.POLICIES
-    make = getattr(load_module(Path(file)), factory, None) if file else policies.get(name)
-    if not callable(make) and file:
-        raise ValueError(f"no policy {name}: {file} defines no function or class {factory}")
+    if not file:
+        if name not in FACTORIES:
+            known = ", ".join(["dense", "ffnskip", *FACTORIES])
+            raise ValueError(f"no policy {name}: choose from {known}, or FILE.py:FACTORY")
+        return FACTORIES[name]
+    make = getattr(load_module(Path(file)), factory, None)
     if not callable(make):
-        names = ", ".join(policies)
-        raise ValueError(f"no policy {name}: choose from dense, ffnskip, standins, {names}, or FILE.py:FACTORY")
+        raise ValueError(f"no policy {name}: {file} defines no function or class {factory}")
     return make
 
 
@@ -118,11 +118,6 @@ def load_module(path):
     """The module in a Python file, for policies that are not part of this folder."""
     if not path.is_file():
         raise ValueError(f"no policy file {path}")
-    for module in list(sys.modules.values()):
-        if getattr(module, "__file__", None) == str(path.resolve()):
-            return module
-    if str(HERE) not in sys.path:
-        sys.path.insert(0, str(HERE))  # so that a policy file, wherever it lies, can import model and skip
     policy_files.add(str(path.resolve()))
     spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     if spec is None:
@@ -133,25 +128,23 @@ def load_module(path):
 
 
 def takes_fit(factory):
-    """Whether a policy's factory has a parameter `fitted`, the path of a file as experiments/standins.py writes it."""
+    """Whether a policy's factory has a parameter `fitted`, the path of a file by experiments/fit_standins.py."""
     return "fitted" in inspect.signature(factory).parameters
 
 
 def find_settings(options, ckpt, n_layers):
     """FFNSkip's arguments from --skip-config, the checkpoint's folder or config/, and from the flags; {} if none."""
     name, settings = model_name(ckpt), {}
-    if options.skip_config:
-        settings = load_settings(options.skip_config, name, n_layers)
-    else:
-        for path in settings_path(ckpt), HERE / "config" / f"{name}.json":
-            if path.exists():
-                settings = load_settings(path, name, n_layers)
-                break
-    for field in fields(FFNSkip):
-        value = getattr(options, field.name, None)
-        if value is not None and field.name != "warm_up_index":
-            settings[field.name] = None if value == 0 and field.name in ("k", "full_every") else value
+    path = options.skip_config or find_file(settings_path(ckpt), f"{name}.json")
+    if path:
+        settings = load_settings(path, name, n_layers)
+    for setting in "sim_threshold", "cold_s", "cold_e", "k":
+        value = getattr(options, setting)
+        if value is not None:
+            settings[setting] = value
             settings.pop("ratios", None)  # which were measured without that flag
+    if options.k == 0:
+        settings["k"] = None
     return settings
 
 
@@ -189,15 +182,18 @@ def settings_path(ckpt):
 
 
 def fitted_path(ckpt):
-    """Where experiments/standins.py leaves its fit of a checkpoint."""
+    """Where experiments/fit_standins.py leaves its fit of a checkpoint."""
     return beside(ckpt, "standins.safetensors")
 
 
 def find_fitted(options, ckpt):
     """The fit that --standins names, or one beside the checkpoint or under config/; None if there is none."""
-    if options.standins:
-        return options.standins
-    for path in fitted_path(ckpt), HERE / "config" / f"{model_name(ckpt)}.standins.safetensors":
-        if path.exists():
-            return path
+    return options.standins or find_file(fitted_path(ckpt), f"{model_name(ckpt)}.standins.safetensors")
+
+
+def find_file(path, shipped):
+    """The path, if it exists; else the file called `shipped` in config/; None if there is neither."""
+    for file in path, HERE / "config" / shipped:
+        if file.exists():
+            return file
     return None

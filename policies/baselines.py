@@ -5,20 +5,17 @@ What FFN-SkipLLM is compared with, and a place for your own: every policy here i
 
 and is called by its name in POLICIES (`python generate.py --policy shortgpt --skip 0.25 "..."`), beside its factory:
 
-    make(model, skip, warm_up_index=None, tokens=None, seed=0) -> policy
-    skip             the share of feed-forward blocks to leave out, of all layers
-    warm_up_index    the prompt and the tokens with token_index <= warm_up_index run in full; None: the policy's own
+    make(model, skip, warm_up_index=25, tokens=None, seed=0) -> policy
+    skip             the share of all layers' feed-forward blocks to skip
+    warm_up_index    the prompt and the tokens with token_index <= warm_up_index run in full; the policy keeps it as an
+                     attribute, since its ratio is counted past the warm-up
     tokens           (batch, seq) ids of calibration text; None: text that the model writes itself
     seed             of all random choices
     make.also_skips  names of a layer's parameters that a skip leaves unread, beside feed_forward
 
-A policy has an attribute warm_up_index, since its ratio is counted past the warm-up. What each leaves in the cache:
-
-    random..., static..., authors, checkerboard   all entries, of true states: only feed-forward blocks are skipped
-    statecopy...                                  all entries, some of copied states
-    shortgpt, skipdecode                          missing entries that no later token reads: they miss them there too
-    earlyexit...                                  missing entries that later tokens read, the failure that the paper
-                                                  starts from: see attended_missing
+Of the policies here, those that skip only feed-forward blocks leave a complete cache, and statecopy one that holds some
+copied states. shortgpt and skipdecode miss entries that no later token reads, and earlyexit entries that later tokens
+do read: the failure that the paper starts from (see attended_missing).
 """
 
 import math
@@ -28,45 +25,36 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from support.measuring import as_windows, bring_to, measure, replay, skip_ratio, written_text
 from skip import FFNSkip
-
-
-def warm_up(warm_up_index):
-    """25 unless given: the paper's section 5.1 finds 25 to 30 tokens enough."""
-    return 25 if warm_up_index is None else warm_up_index
+from support.measuring import as_windows, bring_to, cold_regions, measure, replay, skip_ratio, written_text
 
 
 class RandomSkip:
     """
-    Each feed-forward block of the layers [cold_s, cold_e) is dropped by a coin of its own, anew for each token, so that
-    the share `skip` of all blocks goes. It is three policies:
-
-    random             the paper's Baseline 1 (section 4): in any layer, cold or not
-    random_but_first   in any layer but 0, whose block alone does most of the harm of `random`
-    static             the paper's Baseline 2 ("no input adaptive"): in the layers that are not cold
+    Each feed-forward block of the layers [cold_s, cold_e) is skipped by a coin of its own, anew for each token, so that
+    the share `skip` of all blocks is: the paper's Baseline 1 (section 4), in any layer, is `random`; its Baseline 2
+    ("no input adaptive"), in the layers that are not cold, is `static`; and `random_but_first` spares layer 0, whose
+    block alone does most of the harm of `random`.
     """
 
-    def __init__(self, model, skip, warm_up_index=None, tokens=None, seed=0, cold_s=0, cold_e=None):
+    def __init__(self, model, skip, warm_up_index=25, tokens=None, seed=0, cold_s=0, cold_e=None):
         n_layers = model.args.n_layers
         self.cold_s, self.cold_e = cold_s, n_layers if cold_e is None else cold_e
-        self.skip, self.seed, self.warm_up_index = skip, seed, warm_up(warm_up_index)
-        n_warm = self.cold_e - self.cold_s
-        if skip * n_layers > n_warm:
-            raise ValueError(f"a share of {skip} cannot be skipped: only {n_warm} of {n_layers} layers are not cold")
+        self.skip, self.seed, self.warm_up_index = skip, seed, warm_up_index
+        check_room(skip * n_layers, self.cold_e - self.cold_s, skip, n_layers)
 
     def __call__(self, layers, x, step):
         may_skip = step.token_index > self.warm_up_index  # (batch, seq)
         rate = self.skip * len(layers) / max(1, self.cold_e - self.cold_s)
         for layer in layers:
             drop = uniform(self.seed, layer.layer_id, step.token_index) < rate
-            warm = self.cold_s <= layer.layer_id < self.cold_e
+            drop &= self.cold_s <= layer.layer_id < self.cold_e
             h = layer.add_attention(x, step)
-            x = layer.add_feed_forward(h, step, active=~(drop & may_skip & warm))
+            x = layer.add_feed_forward(h, step, active=~(drop & may_skip))
         return x
 
 
-def static(model, skip, warm_up_index=None, tokens=None, seed=0, cold_s=None, cold_e=None):
+def static(model, skip, warm_up_index=25, tokens=None, seed=0, cold_s=None, cold_e=None):
     """RandomSkip in layers that are not cold. An eighth of the layers is cold at either end, unless given."""
     n_layers = model.args.n_layers
     cold_s = n_layers // 8 if cold_s is None else cold_s
@@ -76,22 +64,20 @@ def static(model, skip, warm_up_index=None, tokens=None, seed=0, cold_s=None, co
 
 class RandomRun:
     """
-    The two baselines as the authors' public code has them (model_ffn_baseline.py): a token misses one run of k
-    neighbouring feed-forward blocks, whose beginning is drawn anew for each token; k is the whole number nearest to
-    skip * n_layers. For `random_run` the run lies anywhere, for `static_run` between cold regions of their own: the
-    first 10 and the last 4 of LLaMA-2-7B's 32 layers, 10 and 5 of 13B's 40, for other models as many in proportion.
-    There every sixth token is in full, and for random none, not even in the prompt; here as for all other policies.
+    The two baselines as the authors' public code has them (model_ffn_baseline.py): a token skips one run of k
+    neighbouring feed-forward blocks, drawn anew for each token; k is the whole number nearest to skip * n_layers. For
+    `random_run` the run lies anywhere, for `static_run` between cold regions of their own: the first 10 and the last 4
+    of LLaMA-2-7B's 32 layers, 10 and 5 of 13B's 40, for other models as many in proportion. There every sixth token is
+    in full, and for random none, not even in the prompt; here as for all other policies.
     """
 
-    def __init__(self, model, skip, warm_up_index=None, tokens=None, seed=0, cold=False):
+    def __init__(self, model, skip, warm_up_index=25, tokens=None, seed=0, cold=False):
         n_layers = model.args.n_layers
         self.cold_s, self.cold_e = 0, n_layers
         if cold:
             self.cold_s, self.cold_e = min(10, n_layers * 10 // 32), n_layers - n_layers // 8
-        self.k, self.seed, self.warm_up_index = round(skip * n_layers), seed, warm_up(warm_up_index)
-        n_warm = self.cold_e - self.cold_s
-        if self.k > n_warm:
-            raise ValueError(f"a share of {skip} cannot be skipped: only {n_warm} of {n_layers} layers are not cold")
+        self.k, self.seed, self.warm_up_index = round(skip * n_layers), seed, warm_up_index
+        check_room(self.k, self.cold_e - self.cold_s, skip, n_layers)
 
     def __call__(self, layers, x, step):
         may_skip = step.token_index > self.warm_up_index  # (batch, seq)
@@ -102,6 +88,22 @@ class RandomRun:
             h = layer.add_attention(x, step)
             x = layer.add_feed_forward(h, step, active=~(drop & may_skip))
         return x
+
+
+def check_room(n_skipped, n_warm, skip, n_layers):
+    if n_skipped > n_warm:
+        raise ValueError(f"a share of {skip} cannot be skipped: only {n_warm} of {n_layers} layers are not cold")
+
+
+def printed(model, skip, warm_up_index=25, tokens=None, seed=0):
+    """
+    Algorithm 1 as printed, with the threshold that skips the share `skip` of the calibration text, and between the cold
+    regions that calibrate.py's rule finds in it.
+    """
+    windows = as_windows(calibration_text(model, tokens, seed))
+    cold_s, cold_e = cold_regions(measure(model, windows, warm_up_index).mean(0))
+    make = partial(FFNSkip, cold_s, cold_e, warm_up_index=warm_up_index)
+    return find_threshold(make, model, windows, skip, -1.01, 1.01)
 
 
 def authors_settings(n_layers, k, max_seq_len=1024):
@@ -115,8 +117,8 @@ def authors_settings(n_layers, k, max_seq_len=1024):
 
 def authors(model, skip, warm_up_index=None, tokens=None, seed=0, max_seq_len=1024):
     """
-    FFN-SkipLLM with the authors_settings: the threshold is fixed, and k is the
-    whole number whose ratio on the calibration text, by a replay of its cosines, is nearest to `skip`.
+    FFN-SkipLLM with the authors_settings: the threshold is fixed, and k is the whole number whose ratio on the
+    calibration text, by a replay of its cosines, is nearest to `skip`.
     """
     n_layers = model.args.n_layers
     if n_layers < 11:
@@ -135,17 +137,16 @@ def authors(model, skip, warm_up_index=None, tokens=None, seed=0, max_seq_len=10
 
 class ShortGPT:
     """
-    ShortGPT (Men et al. 2024, https://arxiv.org/abs/2403.03853): whole layers are removed, those of the lowest Block
-    Influence. The number of layers is the whole number nearest to skip * n_layers. There the prompt goes without them
-    too; here it and the warm-up are in full, as for all policies.
+    ShortGPT (Men et al. 2024, https://arxiv.org/abs/2403.03853): the layers of the lowest Block Influence are removed,
+    skip * n_layers of them. There the prompt goes without them too; here it and the warm-up run in full.
     """
 
     also_skips = ("attention",)
 
-    def __init__(self, model, skip, warm_up_index=None, tokens=None, seed=0):
+    def __init__(self, model, skip, warm_up_index=25, tokens=None, seed=0):
         influence = block_influence(model, calibration_text(model, tokens, seed))
         self.removed = set(influence.argsort()[: round(skip * model.args.n_layers)].tolist())
-        self.warm_up_index = warm_up(warm_up_index)
+        self.warm_up_index = warm_up_index
 
     def __call__(self, layers, x, step):
         full = step.token_index <= self.warm_up_index
@@ -161,39 +162,38 @@ def block_influence(model, tokens):
     """
     influence = []
 
-    def watch(layers, x, step):
+    def record(layers, x, step):
         for layer in layers:
             past, x = x, layer(x, step)
             influence.append(1 - similarity(x, past, step).mean())
         return x
 
-    model(tokens, policy=watch, last_only=True)
+    model(tokens, policy=record, last_only=True)
     return torch.stack(influence).cpu()
 
 
 class SkipDecode:
     """
-    SkipDecode (Del Corro et al. 2023, https://arxiv.org/abs/2307.02628): a token's number of layers depends on its
-    index alone, so that a batch stays together. It falls linearly from n_layers after the warm-up to a minimum at
-    token target_len, and stays there; `skip` is the mean share left out on the way. The layers left out
-    follow the first `always`: later tokens run a subset of what earlier ones ran, and never miss a cache entry.
+    SkipDecode (Del Corro et al. 2023, https://arxiv.org/abs/2307.02628): a token's number of layers falls linearly with
+    its index, from n_layers after the warm-up to a minimum at token target_len; `skip` is the mean share skipped on the
+    way. The skipped layers follow the first `always`, so that later tokens run a subset of what earlier ones ran.
     """
 
     also_skips = ("attention",)
     always = 2  # "warm-up layers" at the bottom, which every token runs
 
-    def __init__(self, model, skip, warm_up_index=None, tokens=None, seed=0, target_len=256):
-        self.most = 2 * skip * model.args.n_layers  # layers left out at target_len: twice the mean of a line from 0
-        self.target_len, self.warm_up_index = target_len, warm_up(warm_up_index)
+    def __init__(self, model, skip, warm_up_index=25, tokens=None, seed=0, target_len=256):
+        self.most = 2 * skip * model.args.n_layers  # layers skipped at target_len: twice the mean of a line from 0
+        self.target_len, self.warm_up_index = target_len, warm_up_index
         if self.most > model.args.n_layers - self.always:
             raise ValueError(f"skipdecode cannot skip {skip} on average: a line from all layers down to none has half")
 
     def __call__(self, layers, x, step):
         past_warm_up = (step.token_index - self.warm_up_index).clamp(min=0)
         progress = past_warm_up / max(1, self.target_len - self.warm_up_index)  # (batch, seq), 0 to 1
-        left_out = (self.most * progress.clamp(max=1)).round()
+        n_skipped = (self.most * progress.clamp(max=1)).round()
         for layer in layers:
-            skipped = (layer.layer_id >= self.always) & (layer.layer_id < self.always + left_out)
+            skipped = (layer.layer_id >= self.always) & (layer.layer_id < self.always + n_skipped)
             x = run_active(layer, x, step, active=~skipped)
         return x
 
@@ -209,19 +209,20 @@ def similarity(x, past, step):
     return F.cosine_similarity(past.float(), x.float(), dim=-1)
 
 
+# After how many layers EarlyExit tests: for confidence it reads the whole output head, for similarity next to nothing.
+EVERY = {confidence: 4, similarity: 1}
+
+
 class EarlyExit:
     """
     Early exit (CALM, Schuster et al. 2022, https://arxiv.org/abs/2207.07061): once measure(x, past, step) reaches the
     threshold after a layer, the token takes part in none of the later ones. With `copy` each of them still computes
     its keys and values, from the state at the exit (Elbayad et al. 2019); without, its cache entries are missing.
-    Confidence is tested after every fourth layer, since a test reads the whole output head (EE-LLM, Chen et al. 2023,
-    has exits at two depths); the similarity of consecutive layers, which costs next to nothing, after each.
     """
 
-    def __init__(self, copy, measure, threshold, warm_up_index=None):
+    def __init__(self, copy, measure, threshold, warm_up_index=25):
         self.copy, self.measure, self.threshold = copy, measure, threshold
-        self.every = 4 if measure is confidence else 1
-        self.warm_up_index = warm_up(warm_up_index)
+        self.every, self.warm_up_index = EVERY[measure], warm_up_index
 
     def __call__(self, layers, x, step):
         run = run_or_copy if self.copy else run_active
@@ -237,16 +238,18 @@ class EarlyExit:
         return x
 
 
-def early_exit(model, skip, warm_up_index=None, tokens=None, seed=0, copy=False, measure=confidence):
+def find_exit(model, skip, warm_up_index=25, tokens=None, seed=0, copy=False, measure=confidence):
     """The EarlyExit whose threshold skips the share `skip` of the calibration text."""
     windows = as_windows(calibration_text(model, tokens, seed))
+    make = partial(EarlyExit, copy, measure, warm_up_index=warm_up_index)
+    return find_threshold(make, model, windows, skip, 0, 1)
 
-    def at(threshold):
-        policy = EarlyExit(copy, measure, threshold, warm_up_index)
-        return policy, skip_ratio(model, policy, windows)
 
-    policy, _ = bring_to(at, 0, 1, skip)
-    return policy
+def early_exit(copy, measure):
+    """find_exit as the factory of one of four policies."""
+    make = partial(find_exit, copy=copy, measure=measure)
+    make.also_skips = ("attention.wq", "attention.wo") if copy else ("attention",)
+    return make
 
 
 class Checkerboard:
@@ -259,12 +262,12 @@ class Checkerboard:
         python experiments/evaluate.py perplexity --policies dense,ffnskip,FILE.py:Checkerboard --data TEXT
     """
 
-    def __init__(self, model, skip, warm_up_index=None, tokens=None, seed=0):
+    def __init__(self, model, skip, warm_up_index=25, tokens=None, seed=0):
         windows = as_windows(calibration_text(model, tokens, seed))
         closest = measure(model, windows, warm_up_index=-1).mean(0).argsort(descending=True)  # (layer,)
         chosen = sorted(closest[: round(2 * skip * model.args.n_layers)].tolist())
         self.turn = dict(zip(chosen, range(len(chosen))))
-        self.warm_up_index = warm_up(warm_up_index)
+        self.warm_up_index = warm_up_index
 
     def __call__(self, layers, x, step):
         may_skip = step.token_index > self.warm_up_index
@@ -283,19 +286,27 @@ POLICIES = {
     "random_run": RandomRun,
     "static": static,
     "static_run": partial(RandomRun, cold=True),
+    "printed": printed,
     "authors": authors,
     "shortgpt": ShortGPT,
     "skipdecode": SkipDecode,
-    "statecopy": partial(early_exit, copy=True),
-    "statecopy_cosine": partial(early_exit, copy=True, measure=similarity),
-    "earlyexit": partial(early_exit),
-    "earlyexit_cosine": partial(early_exit, measure=similarity),
+    "statecopy": early_exit(copy=True, measure=confidence),
+    "statecopy_cosine": early_exit(copy=True, measure=similarity),
+    "earlyexit": early_exit(copy=False, measure=confidence),
+    "earlyexit_cosine": early_exit(copy=False, measure=similarity),
     "checkerboard": Checkerboard,
 }
-for name in "statecopy", "statecopy_cosine":
-    POLICIES[name].also_skips = ("attention.wq", "attention.wo")
-for name in "earlyexit", "earlyexit_cosine":
-    POLICIES[name].also_skips = ("attention",)
+
+
+def find_threshold(make, model, windows, skip, most, least):
+    """The make(threshold), from most skipped to least, that skips the share `skip` of windows."""
+
+    def at(threshold):
+        policy = make(threshold)
+        return policy, skip_ratio(model, policy, windows)
+
+    policy, _ = bring_to(at, most, least, skip)
+    return policy
 
 
 def attended_missing(cache):

@@ -1,11 +1,9 @@
 """
-Stand-ins: leave a feed-forward block out where a linear probe predicts that it does little harm, and let a low-rank map
-stand in for it. This project's own, beside the paper's Algorithm 1 and not in its place: docs/standins.md derives it.
+Stand-ins: skip a feed-forward block where a linear probe predicts that this does little harm, and let a low-rank map
+replace it. This project's own, beside the paper's Algorithm 1: docs/standins.md derives it.
 
-    python experiments/standins.py --text c4.jsonl wiki.train.raw     fits the demo model (--ckpt: another one)
-    python generate.py --policy standins --skip 0.15 "..."            finds the fit beside the checkpoint
-
-fit_standins.py fits.
+    python experiments/fit_standins.py --text c4.jsonl wiki.train.raw   fits the demo model (--ckpt: another one)
+    python generate.py --policy standins --skip 0.15 "..."              finds the fit beside the checkpoint
 """
 
 import json
@@ -18,22 +16,22 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from support import common
 from fast.graphs import read, run
 from fast.one_row import as_row, linear
+from support import common
 from support.measuring import as_windows, measure
 
 PARTS = "down", "up", "mean", "centre", "probe", "bias"
 WARM_UP_INDEX = 25
-MAP = "down", "up", "mean", "centre", "offset"  # the parts of a fit that stand in
+MAP = "down", "up", "mean", "centre", "offset"  # what ready() makes of a fit for the maps
 
 
 class StandIns:
     """
     The policy: a token skips the blocks whose predicted harm is below a budget, at most `most` of them. fitted has, per
-    layer, probe (dim,) and a number bias, in log nats, the probe being one of h divided by its root mean square; and n
-    maps, down (n, r, dim), up (n, dim, r) and mean (n, dim), of which that one stands in whose centre (n, dim) is
-    nearest to the block's normed input.
+    layer, a probe (dim,) of h divided by its root mean square and a number bias, which predict the harm in log nats;
+    and n maps, down (n, r, dim), up (n, dim, r) and mean (n, dim), of which the one replaces the block whose centre
+    (n, dim) is nearest to the block's normed input.
     """
 
     def __init__(self, fitted, log_budget, most, warm_up_index=WARM_UP_INDEX):
@@ -41,11 +39,11 @@ class StandIns:
 
     def __call__(self, layers, x, step):
         may_skip = step.token_index > self.warm_up_index  # (batch, seq)
-        left = (may_skip * self.most).flatten().tolist()  # per token, how many blocks it may still skip
+        remaining = (may_skip * self.most).flatten().tolist()  # per token, how many blocks it may still skip
         for layer in layers:
             h = layer.add_attention(x, step)
-            skips = self.decide(h, layer, step, left) if any(left) else left
-            left = [n - skip for n, skip in zip(left, skips)]
+            skips = self.decide(h, layer, step, remaining)
+            remaining = [n - skip for n, skip in zip(remaining, skips)]
             if not any(skips):
                 x = layer.add_feed_forward(h, step)
             elif all(skips):
@@ -54,8 +52,10 @@ class StandIns:
                 x = self.add_feed_forward(layer, h, step, active=~torch.tensor(skips).view(may_skip.shape))
         return x
 
-    def decide(self, h, layer, step, left):
+    def decide(self, h, layer, step, remaining):
         """Per token of h, (batch, seq, dim), as a list: whether it skips this layer's block, since it does no harm."""
+        if not any(remaining):
+            return [False] * len(remaining)
         row = as_row(h)
         if row.dim() == 1:  # in fewer operations
             row, probe = row.float(), self.fitted["probe"][layer.layer_id]
@@ -64,8 +64,8 @@ class StandIns:
         else:
             harm = read(layer, self.predict, h)
         if step.trace is not None and step.trace.cosines:
-            step.trace.record_cosine(layer.layer_id, [math.exp(value) for value in harm], [n > 0 for n in left])
-        return [n > 0 and value < self.log_budget for n, value in zip(left, harm)]
+            step.trace.record_cosine(layer.layer_id, [math.exp(value) for value in harm], [n > 0 for n in remaining])
+        return [n > 0 and value < self.log_budget for n, value in zip(remaining, harm)]
 
     def predict(self, layer, h):
         """(batch, seq): of h (batch, seq, dim), the predicted harm of skipping the layer's block, in log nats."""
@@ -73,7 +73,7 @@ class StandIns:
         return h @ probe * (h.square().mean(-1) + layer.ffn_norm.eps).rsqrt() + bias
 
     def stand_in(self, layer, h):
-        """temp: h, (..., dim), and the map that stands in for the layer's block."""
+        """temp: h, (..., dim), and the map that replaces the layer's block."""
         down, up, mean, centre, offset = (self.fitted[name][layer.layer_id] for name in MAP)
         normed = layer.ffn_norm(as_row(h))
         cell = nearest(normed.float(), centre, offset)  # (...)
@@ -85,7 +85,7 @@ class StandIns:
         return add_maps(h + mean[cell], normed, cell, down, up)
 
     def add_feed_forward(self, layer, h, step, active=None):
-        """The layer's own, except that a map stands in for it where not active."""
+        """The layer's own, except that a map replaces the block where not active."""
         temp = layer.add_feed_forward(h, step, active)
         if active is None or active.all():
             return temp
@@ -102,25 +102,23 @@ class StandIns:
         return [math.exp(self.log_budget)] * n_layers
 
 
-def make(model, skip, warm_up_index=None, tokens=None, seed=0, fitted=None):
+def make(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=None):
     """
     The StandIns of the file `fitted` that skips the share `skip` of the tokens (batch, seq), if given; else of chat, as
-    found when it was fitted, with a cap on what a token may skip, since free-running text feeds on itself.
-    Raises ValueError without a fit of this model.
+    found by the fit, with a cap per token, since free-running text feeds on itself. ValueError without a fit.
     """
     if fitted is None:
-        raise ValueError("policy standins needs a fit of this checkpoint: python experiments/standins.py --ckpt ... "
-                         "--text FILE makes one, and --standins FILE names one that lies elsewhere")
-    parts, about = load(fitted, model)
-    warm_up_index = WARM_UP_INDEX if warm_up_index is None else warm_up_index
+        raise ValueError("policy standins needs a fit of this checkpoint: python experiments/fit_standins.py --ckpt "
+                         "... --text FILE makes one, and --standins FILE names one that lies elsewhere")
+    tensors, about = load(fitted, model)
     if tokens is not None:
         n_layers = model.args.n_layers
-        budgets = find_budgets(model, parts, [(skip, n_layers)], as_windows(tokens), warm_up_index)
-        return StandIns(parts, budgets[0], n_layers, warm_up_index)
+        budgets = find_budgets(model, tensors, [(skip, n_layers)], as_windows(tokens), warm_up_index)
+        return StandIns(tensors, budgets[0], n_layers, warm_up_index)
     ratios, budgets = zip(*about["budgets"])
     if not ratios[0] <= skip <= ratios[-1]:
         raise ValueError(f"--skip {skip}: {fitted} knows budgets for {ratios[0]} to {ratios[-1]}")
-    return StandIns(parts, float(numpy.interp(skip, ratios, budgets)), cap(model, skip), warm_up_index)
+    return StandIns(tensors, float(numpy.interp(skip, ratios, budgets)), cap(model, skip), warm_up_index)
 
 
 def cap(model, skip):
@@ -129,12 +127,9 @@ def cap(model, skip):
     return max(math.floor((skip + 0.1) * n_layers), math.ceil(skip * n_layers))  # the second if ten points are no block
 
 
-def find_budgets(model, parts, wanted, windows, warm_up_index=WARM_UP_INDEX):
-    """
-    For each (skip, most) wanted, the log budget at which the share `skip` of the blocks of windows is predicted to do
-    less harm, counting `most` per token: the policy skips so many, up to half a point.
-    """
-    policy, budgets = StandIns(parts, -math.inf, model.args.n_layers, warm_up_index), []
+def find_budgets(model, tensors, wanted, windows, warm_up_index=WARM_UP_INDEX):
+    """Per (skip, most) wanted: the log budget that skips the share `skip` of the blocks, at most `most` per token."""
+    policy, budgets = StandIns(tensors, -math.inf, model.args.n_layers, warm_up_index), []
     harm = measure(model, windows, warm_up_index, policy).log()  # (tokens, n_layers), log nats
     for skip, most in common.progress(wanted, "budgets"):
         for _ in range(8):  # what is skipped changes later predictions a little
@@ -159,30 +154,30 @@ def load(path, model):
         raise ValueError(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as file:
-            parts = {name: file.get_tensor(name).to(weight.device) for name in PARTS}
+            tensors = {name: file.get_tensor(name).to(weight.device) for name in PARTS}
             about = {name: json.loads(value) for name, value in file.metadata().items()}
-        n_layers, dim = parts["probe"].shape
+        n_layers, dim = tensors["probe"].shape
         budgets = about["budgets"]
     except (OSError, SafetensorError, AttributeError, KeyError, ValueError) as error:
         problem = common.first_line(error)
-        raise ValueError(f"{path}: no fit of experiments/standins.py of this version ({problem})") from None
+        raise ValueError(f"{path}: no fit of experiments/fit_standins.py of this version ({problem})") from None
     if (n_layers, dim) != (model.args.n_layers, model.args.dim) or not budgets:
         raise ValueError(f"{path}: fitted for {n_layers} layers of width {dim}, and this model has "
                          f"{model.args.n_layers} of {model.args.dim}")
-    if not all(part.isfinite().all() for part in parts.values()):
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise ValueError(f"{path}: numbers in it are not finite: fit anew")
     if about.get("weights") != fingerprint(model):
         raise ValueError(f"{path}: fitted for other weights, those of {about.get('model')}: fit these anew")
-    return ready(parts, weight.dtype), about
+    return ready(tensors, weight.dtype), about
 
 
-def ready(parts, dtype):
+def ready(tensors, dtype):
     """The tensors of a fit as StandIns wants them: a list of one tensor per layer each, and the bias as numbers."""
-    maps = {name: list(parts[name].to(dtype)) for name in ("down", "up", "mean")}
+    maps = {name: list(tensors[name].to(dtype)) for name in ("down", "up", "mean")}
     maps["up"] = [up.mT.contiguous().mT for up in maps["up"]]  # by columns: its rows of r are too short to be read fast
-    centre = parts["centre"].float()
+    centre = tensors["centre"].float()
     choice = dict(centre=list(centre), offset=list(centre_offset(centre)))
-    return maps | choice | dict(probe=list(parts["probe"]), bias=parts["bias"].tolist())
+    return maps | choice | dict(probe=list(tensors["probe"]), bias=tensors["bias"].tolist())
 
 
 def fingerprint(model):

@@ -54,7 +54,7 @@ def render(template, messages, bos_token=None, eos_token=None, **special):
     if isinstance(template, dict):
         if "default" not in template:
             raise LoadError(f"this checkpoint's chat templates are named {', '.join(template)}, and none default: copy "
-                            "the one to use to chat_template.jinja beside its tokenizer, or leave out --chat")
+                            "the one to use to chat_template.jinja beside its tokenizer, or omit --chat")
         template = template["default"]
     names = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
     for name, text in dict(special, bos_token=bos_token, eos_token=eos_token).items():

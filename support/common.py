@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import traceback
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -183,12 +184,17 @@ def check_outputs(*files):
             raise ValueError(f"{file}: cannot be written: {problem}")
 
 
+def first_bytes(file):
+    """The beginning of a file, which tells its kind whatever its name; b"" if there is no such file."""
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(64)
+    except OSError:
+        return b""
+
+
 def is_gguf(path):
-    """True for a GGUF file, whatever its name: its first four bytes tell."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(4) == b"GGUF"
+    return first_bytes(path).startswith(b"GGUF")
 
 
 def gguf_stem(path):
@@ -269,10 +275,7 @@ def nbytes(module):
 
 def first_difference(a, b):
     """Index of the first element in which two lists differ; the length of the shorter if one begins with the other."""
-    for i, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    return len(commonprefix([a, b]))
 
 
 def table(rows):

@@ -1,19 +1,17 @@
 """
-The files of a checkpoint, whose kinds their first bytes tell, and the errors of whatever reads them. GGUF files: their
-weights, and the tokenizers that are built from the vocabulary in one.
+GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): their weights, and the tokenizers that are built
+from the vocabulary in one.
 """
 
-import contextlib
 import functools
 import re
 import struct
-from pathlib import Path
 
 import torch
 
-from support.common import LoadError, first_line, import_optional, is_gguf
-from model import ModelArgs
 from fast.parallel import share
+from support.common import LoadError, import_optional
+from support.weight_files import load_errors, model_args
 
 ADVICE = "transformers or llama.cpp may run it"  # what model.py does not compute
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # kinds of token, alike in sentencepiece and GGUF
@@ -21,81 +19,6 @@ LLAMA_3 = (  # its pre-tokenizer: contractions, words with one sign before them,
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-FOREIGN = {  # the first bytes of what often lies in the place of a file -> what it is
-    b"version https://git-lfs": "a Git LFS pointer and not the file itself: git lfs pull fetches it",
-    b"<": "a web page and not the file itself: download it again",
-}
-
-
-def first_bytes(file):
-    """The beginning of a file, which tells its kind whatever its name; b"" if there is none."""
-    try:
-        with open(file, "rb") as opened:
-            return opened.read(64)
-    except OSError:
-        return b""
-
-
-def file_kind(file):
-    """gguf, zip (PyTorch's), pickle (PyTorch's of before 1.6) or safetensors; None for any other file."""
-    head = first_bytes(file)
-    for begin, kind in (b"GGUF", "gguf"), (b"PK", "zip"), (b"\x80", "pickle"):
-        if head.startswith(begin):
-            return kind
-    return "safetensors" if head[6:9] == b"\0\0{" else None  # the length of a header in JSON, and it
-
-
-def weight_files(folder):
-    """The files of a folder whose names say that weights of a model are in them."""
-    files = []
-    for file in sorted(folder.iterdir()):
-        other = re.match("adapter|optim|sched|training_args|rng_state|random_states|pytorch_lora", file.name)
-        if file.suffix in (".safetensors", ".bin", ".pth") and not other:
-            files.append(file)
-    return files
-
-
-def locate(path):
-    """
-    The GGUF file or the folder that a path means. GGUF is told by its first bytes. A folder with params.json or
-    config.json and weights is itself; else the only GGUF file in it is meant. Raises LoadError.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise LoadError(f"{path}: no such file or folder")
-    if path.suffix == ".gguf" or is_gguf(path):
-        return path
-    folder = path if path.is_dir() else path.parent
-    config = (folder / "params.json").exists() or (folder / "config.json").exists()
-    if config and weight_files(folder):
-        return folder
-    files = sorted(file for file in folder.iterdir() if is_gguf(file))
-    if len(files) == 1 or (files and "-00001-of-" in files[0].name):  # of a split one, which is refused, the first
-        return files[0]
-    if files:
-        names = ", ".join(file.name for file in files)
-        raise LoadError(f"{folder}: there are several GGUF files: give the path of one: {names}")
-    if not config:
-        expected = "params.json (Meta's layout), config.json (Hugging Face's) or a GGUF file"
-        raise LoadError(f"{folder}: no checkpoint: expected {expected}")
-    return folder
-
-
-@contextlib.contextmanager
-def load_errors(*where):
-    """Turn whatever a library raises inside into a LoadError; where: the file, and what is wrong with it."""
-    try:
-        yield
-    except LoadError:
-        raise
-    except Exception as error:  # the packages tokenizers and gguf raise anything
-        for begin, kind in FOREIGN.items():
-            if first_bytes(where[0]).startswith(begin):
-                why = kind
-                break
-        else:
-            why = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-        raise LoadError(": ".join([*map(str, where), why])) from error
 
 
 @functools.lru_cache(maxsize=1)  # reading the vocabulary takes seconds, and load_model opens the same file
@@ -175,7 +98,7 @@ def gguf_args(path, value, shapes):
         raise LoadError(f"{path}: rotary embeddings over part of a head, or values of another size, are not supported")
     embedding = "token_embd.weight" if "token_embd.weight" in shapes else "output.weight"
     with load_errors(path, "its metadata makes no LLaMA"):
-        return ModelArgs(
+        return model_args(
             dim=value("llama.embedding_length"),
             n_layers=value("llama.block_count"),
             n_heads=value("llama.attention.head_count"),

@@ -3,7 +3,6 @@ How a policy is measured: on windows of text, by its cosines and its skip ratio,
 brought to a ratio. A window is (ids, prompt_len): a list of token ids, of which the first prompt_len are prompt.
 """
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -24,8 +23,8 @@ def read_jsonl(path, *keys):
 
 def numbered_jsonl(path, *keys):
     """The same, as (line number, record). A record whose value is an empty text counts as an empty line."""
-    records, problem = [], "no record in it"
     expected = f"expected an object with {' or '.join(map(repr, keys))}"
+    records, problem = [], "no record in it"
     for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -33,10 +32,9 @@ def numbered_jsonl(path, *keys):
             record = json.loads(line)
         except ValueError:
             raise ValueError(f"{path}:{number}: not a line of JSON") from None
-        values = [record[key] for key in keys if record.get(key) is not None] if isinstance(record, dict) else []
-        if not values:
+        if not isinstance(record, dict) or all(record.get(key) is None for key in keys):
             raise ValueError(f"{path}:{number}: {expected}")
-        if any(values):
+        if any(record.get(key) for key in keys):
             records.append((number, record))
         else:
             problem = expected
@@ -47,32 +45,31 @@ def numbered_jsonl(path, *keys):
 
 def read_text(files):
     """The text of the files, one after the other: JSON lines with a key "text", or plain (as WikiText is)."""
-    parts = []
+    texts = []
     for file in map(Path, files):
         if file.suffix in (".jsonl", ".json"):
             for number, record in numbered_jsonl(file, "text"):
                 if not isinstance(record["text"], str):
                     raise ValueError(f"{file}:{number}: expected a text as the value of 'text'")
-                parts.append(record["text"])
+                texts.append(record["text"])
         else:
-            parts.append(read_utf8(file))
-    return "\n\n".join(parts)
+            texts.append(read_utf8(file))
+    return "\n\n".join(texts)
 
 
 def read_cosines(file):
     """(tokens, n_layers) of a CSV file, one row per token and one column per layer, with or without a header."""
     rows = []
-    for number, cells in enumerate(csv.reader(read_utf8(file).split("\n")), 1):
-        values = [to_cosine(cell) for cell in cells]
-        if number == 1 and all(value is None for value in values):
-            continue  # a header
+    for number, line in enumerate(read_utf8(file).split("\n"), 1):
+        values = [to_cosine(cell) for cell in line.split(",")]
+        if not line.strip() or number == 1 and values == [None] * len(values):
+            continue  # an empty line, or a header
         if None in values:
             raise ValueError(f"{file}:{number}: not a row of cosines")
-        if rows and values and len(values) != len(rows[0]):
+        if rows and len(values) != len(rows[0]):
             before = f"and the rows before have {len(rows[0])}"
             raise ValueError(f"{file}:{number}: {len(values)} columns, {before}")
-        if values:
-            rows.append(values)
+        rows.append(values)
     if not rows:
         raise ValueError(f"{file}: no cosines in it: expected one row per token and one column per layer")
     return torch.tensor(rows)
@@ -111,8 +108,8 @@ def as_tokens(model, ids):
 
 def measure(model, windows, warm_up_index, policy=None):
     """
-    (tokens, n_layers) fp32: cosine before and after each FFN block of the dense model, past the warm-up; or what
-    another policy, which must record it for every layer, compares in its place. ValueError if no window is that long.
+    (tokens, n_layers) fp32: the cosine before and after each FFN block of the dense model, past the warm-up; or what
+    another policy records for every layer instead. Raises ValueError if no window is that long.
     """
     if policy is None:
         policy = FFNSkip(0, model.args.n_layers, math.inf, warm_up_index)  # measures every layer, skips none
@@ -148,10 +145,10 @@ def skip_ratio(model, policy, windows):
 
 def compare_with_dense(model, windows, policy, reference, decode=False, label="comparing"):
     """
-    For each window (ids, prompt_len) yield what the policy makes of it: scores (3, seq - 1) of its predictions, namely
-    the negative log-likelihood of the token that follows, the KL divergence from the dense model (both in nats), and 1
-    where the likeliest token is the dense model's; then the Trace and the KVCache. In one parallel pass, or with
-    `decode` token by token. reference is a dict that keeps the dense model's part of the work for the next call.
+    For each window (ids, prompt_len) yield scores (3, seq - 1) of the policy's predictions: the negative log-likelihood
+    of the next token, the KL divergence from the dense model (both in nats), and 1 where the likeliest token is the
+    dense model's; then the Trace and the KVCache. In one parallel pass, or with `decode` token by token. reference is a
+    dict that keeps the dense model's states for the next call.
     """
     weight = model.tok_embeddings.weight
     for number, (ids, prompt_len) in enumerate(progress(windows, label)):
@@ -181,10 +178,10 @@ def dense_state(model, tokens):
 def score(logits, dense_logits, tokens):
     """The scores (3, seq - 1) of compare_with_dense from two logits (seq, vocab) of tokens (seq,)."""
     scores = []
-    for first in range(0, len(tokens) - 1, 32):  # few enough rows for the processor's caches
-        rows = slice(first, min(first + 32, len(tokens) - 1))
-        log_p, log_dense = logits[rows].log_softmax(-1), dense_logits[rows].log_softmax(-1)  # (32, vocab)
-        nll = -log_p.gather(1, tokens[1:][rows, None])[:, 0]
+    # few enough rows at a time for the processor's caches
+    for ours, theirs, next_ids in zip(logits[:-1].split(32), dense_logits[:-1].split(32), tokens[1:].split(32)):
+        log_p, log_dense = ours.log_softmax(-1), theirs.log_softmax(-1)  # (32, vocab)
+        nll = -log_p.gather(1, next_ids[:, None])[:, 0]
         kl = (log_dense.exp() * (log_dense - log_p)).sum(-1)
         scores.append(torch.stack((nll, kl, (log_p.argmax(-1) == log_dense.argmax(-1)).float())))
     scores = torch.cat(scores, dim=1)
@@ -212,8 +209,37 @@ def quality_table(qualities):
     return table(rows)
 
 
+def cold_regions(curve):
+    """
+    (cold_s, cold_e) from the mean cosine of each layer. In Figure 2 the curve falls over the first layers, rises, and
+    falls over the last ones; the rising part is not cold. The paper gives no rule, this one is the project's own:
+    - Layers at either end that lie lower than the middle half of the layers by more than its whole range are cold.
+    - Of the rest, smoothed over three layers, the first half is cold up to the last layer that lies within a sixth of
+      the curve's range of its lowest, since where the curve is flat one low layer says little.
+    - The end is cold after the last layer that lies, itself, as near to the highest of the last quarter.
+    It gives [10, 30) for LLaMA-2-7B and [10, 38) for 13B, on C4. In the authors' Figure 2 what is not red is [10, 29)
+    and [10, 35); the code for their baselines has [10, 28) and [10, 35), and that for the method [5, n_layers - 5).
+    """
+    curve = torch.as_tensor(curve, dtype=torch.float64)
+    quarter = max(1, len(curve) // 4)
+    middle = curve[quarter:-quarter] if len(curve) > 2 * quarter else curve
+    inside = (curve >= 2 * middle.min() - middle.max()).nonzero()
+    start, rest = inside[0].item(), curve[inside[0] : inside[-1] + 1]
+    smooth = torch.stack([rest[max(0, i - 1) : i + 2].mean() for i in range(len(rest))])
+    near = (smooth.max() - smooth.min()) / 6
+    rising = 0
+    for i in range(len(rest) // 2):
+        if smooth[i] < smooth.min() + near:
+            rising = i + 1
+    falling = rising
+    for i in range(rising, len(rest)):
+        if rest[i] >= smooth[-quarter:].max() - near:
+            falling = i + 1
+    return start + rising, start + falling
+
+
 def mean_interval(values, resamples=1000, seed=0):
-    """(mean, low, high): the mean of a list of numbers and the 95 % bootstrap interval of it (Efron 1979)."""
+    """(mean, low, high): the mean of a list of numbers and the 95% bootstrap interval of it (Efron 1979)."""
     values = numpy.asarray(values, dtype=float)
     drawn = numpy.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     low, high = numpy.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
@@ -225,20 +251,19 @@ def paired_interval(ours, theirs, resamples=1000, seed=0):
     return mean_interval(numpy.subtract(ours, theirs, dtype=float), resamples, seed)
 
 
-def bring_to(at, low, high, wanted, tolerance=0.003, tries=14, first=None):
+def bring_to(at, most, least, wanted, tolerance=0.003, tries=14, first=None):
     """
-    Search for a value between low and high whose ratio is within `tolerance` of the wanted one, and return what
-    at(value) = (policy, ratio) gave there, or for the nearest of so many tries. The ratio must fall as the value rises.
-    `first` is the value to begin with.
+    What at(value) = (policy, ratio) gives where the ratio is within `tolerance` of the wanted one, or else the nearest
+    of so many tries. `most`, `least`: the values at which most and least is skipped; `first`: the one to begin with.
     """
-    ratio_low, ratio_high = 1.0, 0.0  # as far as we know yet
+    ratio_most, ratio_least = 1.0, 0.0  # as far as we know yet
     best, miss = None, math.inf
     for i in range(tries):
         # bisection, which always ends, in turn with a straight line between the ends, which is mostly faster
         share = 0.5
-        if i % 2 and ratio_low > wanted > ratio_high:
-            share = min(max((ratio_low - wanted) / (ratio_low - ratio_high), 0.05), 0.95)
-        value = low + (high - low) * share
+        if i % 2 and ratio_most > wanted > ratio_least:
+            share = min(max((ratio_most - wanted) / (ratio_most - ratio_least), 0.05), 0.95)
+        value = most + (least - most) * share
         if i == 0 and first is not None:
             value = first
         policy, ratio = at(value)
@@ -247,17 +272,19 @@ def bring_to(at, low, high, wanted, tolerance=0.003, tries=14, first=None):
         if miss <= tolerance:
             break
         if ratio > wanted:
-            low, ratio_low = value, ratio
+            most, ratio_most = value, ratio
         else:
-            high, ratio_high = value, ratio
+            least, ratio_least = value, ratio
     return best
 
 
-def written_text(model, batch, seq, seed=0):
-    """(batch, seq) ids that the dense model writes, drawn at temperature 1, after random first tokens."""
+def written_text(model, batch, seq, seed=0, begin=None):
+    """(batch, seq) ids that the dense model draws at temperature 1, after the token `begin` or a random one per row."""
     weight, draw = model.tok_embeddings.weight, torch.Generator().manual_seed(seed)
     seq = min(seq, model.args.max_seq_len)
     tokens = torch.randint(model.args.vocab_size, (batch, 1), generator=draw)
+    if begin is not None:
+        tokens.fill_(begin)
     draw, cache = torch.Generator().manual_seed(seed), KVCache(model.args, batch, seq, weight.dtype, weight.device)
     written = []
     for _ in progress(range(seq), "writing"):

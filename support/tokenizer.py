@@ -25,7 +25,8 @@ from support.chat_template import (
     token_pattern,
 )
 from support.common import LoadError, import_optional, model_name, read_json, read_utf8
-from support.gguf_file import CONTROL, NORMAL, build_bpe, load_errors, locate, open_gguf, sentencepiece_proto
+from support.gguf_file import CONTROL, NORMAL, build_bpe, open_gguf, sentencepiece_proto
+from support.weight_files import load_errors, locate
 
 END_OF_TEXT = ("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
 SPECIAL = {  # special tokens by their names in a chat template -> the same in GGUF, where one is misspelt
@@ -69,18 +70,9 @@ class SentencePieceTokenizer:
     warning = None  # printed once, where a chat has no template
 
     def __init__(
-        self,
-        proto,
-        file,
-        eos_ids=(),
-        template=None,
-        special=(),
-        stated=(),
-        named=(),
-        add_bos=True,
-        match=True,
+        self, proto, file, eos_ids=(), template=None, special=(), stated=(), named=(), add_bos=True, match=True,
         legacy=None,
-    ):
+    ):  # fmt: skip
         if re.match(rb"[\w+/=]+ \d+\s", proto):
             raise LoadError(f"{file}: Llama-3's tiktoken file: put Hugging Face's tokenizer.json beside it")
         with load_errors(file, "not a sentencepiece model"):
@@ -118,20 +110,20 @@ class SentencePieceTokenizer:
             ids.append(self.bos_id)
         if match or self.match:
             for found in self.pattern.finditer(text):
-                ids += self.encode_part(text[start : found.start()], before)
+                ids += self.encode_run(text[start : found.start()], before)
                 start, before = found.end(), self.matched[found.lastindex - 1]
                 ids.append(before)
-        return ids + self.encode_part(text[start:], before)
+        return ids + self.encode_run(text[start:], before)
 
-    def encode_part(self, part, before):
+    def encode_run(self, run, before):
         """The ids of text without special tokens, which stands after the token `before`, or None."""
         if self.legacy is None:
             begins = before is None or before < self.n_pieces
         else:
-            begins = before is None or self.legacy and not part.startswith(" ")
+            begins = before is None or self.legacy and not run.startswith(" ")
         if begins:
-            return self.processor.encode(part)
-        return self.inner.encode(part)
+            return self.processor.encode(run)
+        return self.inner.encode(run)
 
     def decode(self, ids):
         text, run, processor = "", [], self.processor  # run: pieces that follow each other, and are decoded together
@@ -196,32 +188,32 @@ class BPETokenizer:
 
     def chat(self, messages):
         if not self.template:
-            raise LoadError("this checkpoint has no chat template: leave out --chat")
+            raise LoadError("this checkpoint has no chat template: omit --chat")
         return self.encode(render(self.template, messages, **self.special), bos=False)
 
 
 def tokenizer_folder(folder):
     """Where the tokenizer is: beside the weights or, where Meta's own download puts it, in the folder above."""
-    places = [folder]
+    folders = [folder]
     if (folder / "params.json").exists():
-        places += [folder.absolute().parent, folder.resolve().parent]  # the second, if the folder is a link
-    for place in places:
-        if (place / "tokenizer.json").exists() or (place / "tokenizer.model").exists():
-            return place
-    where = " or in ".join(["beside the weights", *map(str, dict.fromkeys(places[1:]))])
+        folders += [folder.absolute().parent, folder.resolve().parent]  # the second, if the folder is a link
+    for each in folders:
+        if (each / "tokenizer.json").exists() or (each / "tokenizer.model").exists():
+            return each
+    where = " or in ".join(["beside the weights", *map(str, dict.fromkeys(folders[1:]))])
     raise LoadError(f"{folder}: no tokenizer: expected tokenizer.model or tokenizer.json {where}")
 
 
 def folder_tokenizer(folder):
     """The tokenizer in Meta's and Hugging Face's layout, from all the files that say something of it."""
-    place, config, eos_ids = tokenizer_folder(folder), {}, set()
-    for file in folder / "config.json", folder / "generation_config.json", place / "tokenizer_config.json":
+    own, config, eos_ids = tokenizer_folder(folder), {}, set()
+    for file in folder / "config.json", folder / "generation_config.json", own / "tokenizer_config.json":
         config |= read_optional(file)
         eos = config.get("eos_token_id", [])
         if isinstance(eos, int):
             eos = [eos]
         eos_ids.update(eos)
-    named, older = more_tokens(config), read_optional(place / "special_tokens_map.json")
+    named, older = more_tokens(config), read_optional(own / "special_tokens_map.json")
     if "added_tokens_decoder" in config:  # all tokens are in the newest file, which counts then, as in transformers
         config = older | config
     else:
@@ -229,22 +221,22 @@ def folder_tokenizer(folder):
     special = {name: content(config[name]) for name in SPECIAL if config.get(name)}
     stated = config.get("added_tokens_decoder")
     if stated is None:
-        marked, ids = more_tokens(older), read_optional(place / "added_tokens.json")
+        marked, ids = more_tokens(older), read_optional(own / "added_tokens.json")
         stated = {i: dict(content=text, special=text in marked) for text, i in ids.items()}
-    template = find_template(place, config.get("chat_template"))
-    parts = dict(eos_ids=eos_ids, template=template, special=special, stated=stated, named=named)
-    bpe, proto = place / "tokenizer.json", place / "tokenizer.model"
+    template = find_template(own, config.get("chat_template"))
+    known = dict(eos_ids=eos_ids, template=template, special=special, stated=stated, named=named)
+    bpe, proto = own / "tokenizer.json", own / "tokenizer.model"
     if bpe.exists() and (importlib.util.find_spec("tokenizers") or not proto.exists()):
         with load_errors(bpe, "not a tokenizer"):
             tokenizer = import_optional("tokenizers", bpe).Tokenizer.from_str(read_utf8(bpe))
-        return BPETokenizer(tokenizer, bpe, **parts)
+        return BPETokenizer(tokenizer, bpe, **known)
     legacy = config.get("legacy")
     if legacy is None and "Llama" in config.get("tokenizer_class", ""):
         legacy = False
-    match = not (folder / "params.json").exists() or (place / "tokenizer_config.json").exists()
+    match = not (folder / "params.json").exists() or (own / "tokenizer_config.json").exists()
     no_prefix = NO_PREFIX * (config.get("add_prefix_space") is False)
     flags = dict(add_bos=config.get("add_bos_token", True), match=match, legacy=legacy)
-    tokenizer = SentencePieceTokenizer(proto.read_bytes() + no_prefix, proto, **parts, **flags)
+    tokenizer = SentencePieceTokenizer(proto.read_bytes() + no_prefix, proto, **known, **flags)
     for token in read_optional(bpe).get("added_tokens", ()):
         if tokenizer.ids.get(token["content"]) != token["id"]:
             raise LoadError(f"{bpe}: for {token['content']!r} it needs the package tokenizers: pip install tokenizers")

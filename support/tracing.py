@@ -79,7 +79,7 @@ class Trace:
         return None
 
     def ffn_saved_ratio(self):
-        """The same over all generated tokens that were forwarded: what the clock sees."""
+        """The same over all generated tokens that were forwarded; it determines speed."""
         return self.ffn_skip_ratio(-1)
 
 

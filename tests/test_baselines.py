@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import chunkings, close, is_real, models, new_cache, poisoned_cache, run, texts, tiny_model, walk
 
-from support.measuring import skip_ratio
+from support.measuring import as_windows, cold_regions, measure, skip_ratio
 from model import ModelArgs, Transformer
 from skip import FFNSkip
 from support.tracing import Trace
@@ -21,7 +21,7 @@ from support.tracing import Trace
 EXITS = ["statecopy", "statecopy_cosine", "earlyexit", "earlyexit_cosine"]
 CHANCE = ["random", "random_but_first", "random_run", "static", "static_run"]
 NAMES = ["random", "random_run", "static", "shortgpt", "skipdecode", *EXITS, "checkerboard"]
-LIKE_THOSE = ["random_but_first", "static_run", "authors"]  # other arguments of random, random_run, and of FFNSkip
+LIKE_THOSE = ["random_but_first", "static_run", "printed", "authors"]  # other arguments of random and of FFNSkip
 COMPLETE = ["random", "random_run", "static", "statecopy", "statecopy_cosine", "checkerboard"]
 
 
@@ -307,6 +307,15 @@ def test_the_warm_up_of_authors_is_that_of_their_code():
         POLICIES["authors"](tiny_model(n_layers=10), 0.1)
     with pytest.raises(ValueError, match="past the warm-up of 61 tokens"):
         POLICIES["authors"](model, 0.1, 60, text(model, 4, 60))
+
+
+def test_printed_is_algorithm_1_between_the_cold_regions_of_the_text():
+    model, tokens = tiny_model(n_layers=10), text(tiny_model(), 8, 60)
+    windows = as_windows(tokens)
+    policy = POLICIES["printed"](model, 0.2, 3, tokens)
+    cold_s, cold_e = cold_regions(measure(model, windows, 3).mean(0))
+    assert policy == FFNSkip(cold_s, cold_e, policy.sim_threshold, 3)
+    assert abs(skip_ratio(model, policy, windows) - 0.2) <= 0.01
 
 
 def test_block_influence_by_hand():

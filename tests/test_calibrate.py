@@ -19,6 +19,7 @@ import policies
 from policies.baselines import authors_settings
 from calibrate import candidates, cold_regions, gather_windows, plan, replay, skip_per_layer, verify
 from generate import main as generate_main
+from generate import written_windows
 from support.measuring import measure, quality, read_cosines, skip_ratio, text_windows
 from skip import FFNSkip
 
@@ -259,19 +260,21 @@ def test_the_try_nearest_the_target_is_kept(ratios, nearest, monkeypatch):
 NUMBERS = " ".join(map(str, range(3000)))  # no two windows of it are alike
 
 
-@pytest.mark.parametrize("flags", [[], ["--generated", "--samples", "7"], None])
-def test_windows_held_out_are_not_among_those_measured(flags, tmp_path):
-    """Of a text, of what is generated after its beginnings, and of what the model writes by itself."""
+@pytest.mark.parametrize("own_text", [False, True])
+def test_windows_held_out_are_not_among_those_measured(own_text, tmp_path):
+    """Of a text, and of what the model writes by itself."""
     model = tiny_model(vocab_size=128, max_seq_len=64)
     (tmp_path / "text.txt").write_text(NUMBERS)
-    text = ["--samples", "7"] if flags is None else ["--text", str(tmp_path / "text.txt"), *flags]
+    text = [] if own_text else ["--text", str(tmp_path / "text.txt")]
     options = calibrate.parse_args([*text, "--max-tokens", "1000", "--warm-up-index", "5"])
     windows, held_out, corpus = gather_windows(model, Bytes(), options)
     assert len(windows) > 3 and len(held_out) == (len(windows) + len(held_out)) // 3
     assert not [window for window in held_out if window in windows]
     assert all(len(ids) - prompt_len >= 6 + 8 for ids, prompt_len in windows + held_out)
-    assert corpus.startswith("the model's own text" if flags is None else "text.txt")
-    if flags == []:
+    assert corpus == ("the model's own text" if own_text else "text.txt")
+    if own_text:
+        assert windows + held_out == written_windows(model, [[0]] * 8, 63, seed=0)  # by generate.py's loop, after 0
+    else:
         assert windows + held_out == text_windows(Bytes(), NUMBERS, 1000, size=64)  # in the order of the text, and all
 
 
@@ -284,7 +287,7 @@ def calibrated(request, tmp_path, monkeypatch):
     for name in "measure", "quality", "skip_ratio":
 
         def keep(model, *args, name=name, real=getattr(calibrate, name), **kwargs):
-            worked_on.setdefault(name, []).append(kwargs["windows"] if kwargs else args[name == "skip_ratio"])
+            worked_on.setdefault(name, []).append(kwargs["windows"] if kwargs else args[0])
             return real(model, *args, **kwargs)
 
         monkeypatch.setattr(calibrate, name, keep)
@@ -309,7 +312,8 @@ def test_the_ratios_in_the_settings_are_what_the_shifts_skip_of_the_text_held_ou
     assert isinstance(policy.sim_threshold, list) == ("per layer" in settings["chosen"])
     assert list(shifts) == sorted(shifts, reverse=True) and list(ratios) == sorted(ratios)
     for shift, ratio in settings["ratios"]:
-        assert skip_ratio(model, policies.shifted(policy, shift), held_out) == pytest.approx(ratio, abs=5.1e-5)  # four digits
+        moved = policies.shifted(policy, shift)
+        assert skip_ratio(model, moved, held_out) == pytest.approx(ratio, abs=5.1e-5)  # four digits
     for low, high in zip(ratios, ratios[1:]):
         planned = policies.find_policy("ffnskip", model, loaded, (low + high) / 2)
         assert low - 0.005 <= skip_ratio(model, planned, held_out) <= high + 0.005
@@ -329,13 +333,12 @@ def checkpoint(tmp_path):
 def test_what_calibrate_writes_is_what_generate_runs(checkpoint, capsys):
     """The command line from text to skip.json beside the checkpoint, twice the same, and on to generate.py."""
     text = checkpoint.parent / "text.txt"
-    args = ["--ckpt", checkpoint, "--text", text, "--target-skip", "0.1", "--warm-up-index", "5"]
+    args = ["--ckpt", checkpoint, "--text", text, "--skip", "0.1", "--warm-up-index", "5"]
     assert not status(calibrate.main, *args), capsys.readouterr().err
     first = json.loads((checkpoint / "skip.json").read_text())
     assert abs(first["achieved_skip"] - 0.1) <= 0.01 and first["model"] == "small" and first["n_layers"] == 2
     assert all(first["quality"]["kl"] <= other["kl"] for other in first["over"].values())
     assert "cold regions" in capsys.readouterr().out
-    args[args.index("--target-skip")] = "--skip"
     assert not status(calibrate.main, *args) and json.loads((checkpoint / "skip.json").read_text()) == first
     capsys.readouterr()
     generate = ["--ckpt", str(checkpoint), "--json", "--max-new-tokens", "20", "The capital"]
@@ -365,7 +368,7 @@ def test_recorded_cosines_are_planned_without_a_model(tmp_path):
     random = torch.Generator().manual_seed(0)
     rows = (torch.tensor(LLAMA_2_7B) + 0.02 * torch.randn(200, 32, generator=random)).clamp(max=1)
     (tmp_path / "c.csv").write_text("\n".join(",".join(f"{c:.3f}" for c in row) for row in rows.tolist()))
-    args = ["--cosines", tmp_path / "c.csv", "--target-skip", "0.25", "--out", tmp_path / "llama.json"]
+    args = ["--cosines", tmp_path / "c.csv", "--skip", "0.25", "--out", tmp_path / "llama.json"]
     assert not status(calibrate.main, *args)
     written = json.loads((tmp_path / "llama.json").read_text())
     assert abs(written["predicted_skip"] - 0.25) < 0.01 and written["achieved_skip"] is None
@@ -381,21 +384,20 @@ SMALL = ["--ckpt", str(GOLDEN / "hf-gqa"), "--text", "OUR/text.txt"]
 WRONG = [  # OUR/: the folder of the test; --out OUR/out.json unless it is given
     (["--ckpt", "nosuch"], "no checkpoint at nosuch"),
     ([*SMALL, "--text", "OUR/empty.txt"], "too little text"),
-    ([*SMALL, "--text", "OUR/empty.txt", "--generated"], "too little text"),
     ([*SMALL, "--text", "OUR/bad.jsonl"], "bad.jsonl:2: expected"),
     ([*SMALL, "--text", "OUR/nosuch.txt"], "nosuch.txt"),
     ([*SMALL, "--text", "OUR/latin.txt"], "latin.txt: not UTF-8 text"),
-    ([*SMALL, "--target-skip", "0.9"], "0.9 cannot be reached"),
+    ([*SMALL, "--skip", "0.9"], "0.9 cannot be reached"),
     ([*SMALL, "--out", "OUR"], "cannot be written: it is a folder"),
     ([*SMALL, "--out", "OUR/no/out.json"], "cannot be written: there is no such folder"),
     (["--cosines", "OUR/ragged.csv"], "ragged.csv:2: 1 columns, and the rows before have 2"),
     (["--cosines", "OUR/words.csv"], "words.csv:2: not a row of cosines"),
     (["--cosines", "OUR/first.csv"], "first.csv:1: not a row of cosines"),
     (["--cosines", "OUR/wide.csv", *SMALL[:2]], "wide.csv: 3 columns, and hf-gqa has 2 layers"),
-    (["--cosines", "OUR/good.csv", "--target-skip", "0.9"], "0.9 cannot be reached"),
-    (["--cosines", "OUR/good.csv", *SMALL[:2], "--target-skip", "0.9", "--out="], "cannot be reached"),
+    (["--cosines", "OUR/good.csv", "--skip", "0.9"], "0.9 cannot be reached"),
+    (["--cosines", "OUR/good.csv", *SMALL[:2], "--skip", "0.9", "--out="], "cannot be reached"),
     (["--cosines", "OUR/good.csv", "--out="], "--cosines needs --out"),
-    (["--target-skip", "2"], "--skip 2.0"),
+    (["--skip", "2"], "--skip 2.0"),
     (["--warm-up-index", "-2"], "--warm-up-index -2 is below -1"),
 ]
 
@@ -416,9 +418,3 @@ def test_a_mistake_is_one_line_and_writes_nothing(args, message, tmp_path, capsy
     more = ["--warm-up-index", 5, "--out", tmp_path / "out.json", "--save-cosines", tmp_path / "saved.csv"]
     assert message in mistake(capsys, calibrate.main, *more, *args)
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_the_curve_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib", reason="--plot needs the package matplotlib")
-    calibrate.plot_curve(tmp_path / "curve.png", LLAMA_2_7B, 4, 30, "LLaMA-2-7B")
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

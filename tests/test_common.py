@@ -43,8 +43,8 @@ def test_settings_come_from_the_folder_of_the_checkpoint_and_flags_override_them
     assert find_settings(options(), folder, 4) == {}
     (folder / "skip.json").write_text(json.dumps(SETTINGS))
     assert find_settings(options(), folder, 4) == dict(cold_s=1, cold_e=3, sim_threshold=0.9, k=2)
-    found = find_settings(options("--cold-e", 4, "--k", 0, "--no-recheck"), folder, 4)
-    assert found == dict(cold_s=1, cold_e=4, sim_threshold=0.9, k=None, recheck=False)
+    found = find_settings(options("--cold-e", 4, "--k", 0), folder, 4)
+    assert found == dict(cold_s=1, cold_e=4, sim_threshold=0.9, k=None)
     other = tmp_path / "other.json"
     other.write_text(json.dumps(SETTINGS | dict(cold_s=2)))
     assert find_settings(options("--skip-config", other), folder, 4)["cold_s"] == 2
@@ -191,7 +191,8 @@ def test_the_summary_says_what_was_planned(config, capsys):
     assert out["planned_skip_ratio"] == 0.15 and out["dense"]["planned_skip_ratio"] is None
     assert out["settings"]["skip"]["sim_threshold"] == pytest.approx(0.53)
     assert ["planned" in line for line in printed.err.splitlines()[:2]] == [False, True]
-    main(["--ckpt", CKPT, "--max-new-tokens", "4", "--policy", "random", "--skip", "0.3", "Once"])
+    flags = ["--policy", "random", "--skip", "0.3", "--warm-up-index", "-1"]
+    main(["--ckpt", CKPT, "--max-new-tokens", "4", *flags, "Once"])
     assert "(planned 30.0%)" in capsys.readouterr().err
 
 
@@ -200,7 +201,7 @@ def test_a_ratio_that_the_settings_do_not_know_is_one_line_that_names_the_comman
         error = mistake(capsys, main, *config, "--skip", skip, "x")
         assert "these settings reach 0.100 to 0.400" in error
         assert f"python calibrate.py --ckpt ... --skip {skip}" in error
-    for flag in ["--k", "2"], ["--sim-threshold", "0.9"], ["--no-recheck"], ["--full-every", "6"], ["--cold-s", "1"]:
+    for flag in ["--k", "2"], ["--sim-threshold", "0.9"], ["--cold-s", "1"]:
         error = mistake(capsys, main, *config, *flag, "--skip", "0.2", "x")  # the ratios are of other settings
         assert "do not tell thresholds from ratios" in error and "python calibrate.py --ckpt ... --skip 0.2" in error
     main([*config, "--warm-up-index", "3", "--skip", "0.2", "--max-new-tokens", "2", "x"])  # past any warm-up the same
@@ -209,7 +210,7 @@ def test_a_ratio_that_the_settings_do_not_know_is_one_line_that_names_the_comman
 def test_a_flag_drops_the_ratios(tmp_path):
     (tmp_path / "tiny.skip.json").write_text(json.dumps(SETTINGS | dict(ratios=RATIOS)))
     assert find_settings(options(), tmp_path / "tiny.gguf", 4)["ratios"] == RATIOS
-    for flag in ["--k", "0"], ["--full-every", "0"], ["--cold-e", "4"]:
+    for flag in ["--k", "0"], ["--cold-e", "4"]:
         assert "ratios" not in find_settings(options(*flag), tmp_path / "tiny.gguf", 4)
 
 

@@ -85,6 +85,8 @@ CONFIGS = {
     "half a llama3": (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "'low_freq_factor' is missing"),
     "part of a head": (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is not supported"),
     "missing size": (dict(hidden_size="gone"), "config.json: 'hidden_size' is missing"),
+    "odd groups": (dict(num_key_value_heads=3), "config.json: n_heads 4 is not a multiple of n_kv_heads 3"),
+    "odd heads": (dict(head_dim=7), "config.json: head_dim 7 is odd"),
     "odd size": (dict(num_attention_heads=6), "config.json: dim 32 is not a multiple of n_heads 6"),
 }
 

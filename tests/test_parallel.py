@@ -7,7 +7,6 @@ import csv
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -81,29 +80,22 @@ def main(argv=None):
 
 
 def start(n, folder, *paths):
-    """The n processes, as torchrun starts them."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    processes = []
-    for rank in range(n):
-        env = dict(RANK=rank, WORLD_SIZE=n, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        env |= dict(OMP_NUM_THREADS=1, CUDA_VISIBLE_DEVICES="")
-        env = os.environ | {name: str(value) for name, value in env.items()}
-        command = [sys.executable, __file__, folder, *paths]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        processes.append(subprocess.Popen(list(map(str, command)), env=env, **pipes))
-    return processes
+    """torchrun with n processes, in a process group of its own, as a terminal has it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, __file__, folder]
+    env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(list(map(str, [*command, *paths])), env=env, start_new_session=True, **pipes)
 
 
-def finish(processes):
-    """Their output and errors, once all of them have failed."""
+def finish(torchrun):
+    """What the processes have printed, and the lines in which they say what is wrong, once all of them have ended."""
     try:
-        ends = [process.communicate(timeout=60) for process in processes]
+        out, err = torchrun.communicate(timeout=60)  # it comes back when nobody is left who could write
     finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode for process in processes), ends
-    return [out for out, _ in ends], [err for _, err in ends]
+        if torchrun.poll() is None:
+            os.killpg(torchrun.pid, signal.SIGKILL)
+    assert torchrun.returncode, err
+    return out, [line for line in err.splitlines() if line.startswith("error: ")]
 
 
 def check(folder, n, paths):
@@ -130,12 +122,12 @@ def test_two_processes_do_what_one_does_and_end_when_one_fails(tmp_path, capsys)
         import gguf  # noqa: F401
     except ImportError:
         paths = [path for path in paths if path.suffix != ".gguf"]
-    outs, errors = finish(start(2, tmp_path, *paths))
+    out, errors = finish(start(2, tmp_path, *paths))
     check(tmp_path, 2, paths)
-    assert "".join(errors).count("error: ") == 1 and "error: a mistake of one process\n" in errors[1]
-    assert outs[1] == "" and outs[0].endswith("ready\n")  # only the first prints and writes
+    assert errors == ["error: a mistake of one process"]
+    assert out.count("ready\n") == 1 and out.endswith("ready\n")  # only the first prints and writes
     generate.main([*map(str, FLAGS + SKIP), "--json", "--max-new-tokens", "9", "a b c"])
-    one, first = json.loads(capsys.readouterr().out), json.loads(outs[0].split("\n")[0])
+    one, first = json.loads(capsys.readouterr().out), json.loads(out.split("\n")[0])
     for key in "text", "token_ids", "ffn_skip_ratio", "ffn_saved_ratio":
         assert one[key] == first[key]
     rows = list(csv.DictReader((tmp_path / "bench.csv").open()))
@@ -148,13 +140,11 @@ def test_two_processes_do_what_one_does_and_end_when_one_fails(tmp_path, capsys)
 def test_three_processes_do_what_one_does_and_end_when_interrupted(tmp_path):
     """6 heads, 3 key-value heads, width 96, in three layouts; Meta's has two files, across which the shares lie."""
     paths = write_checkpoints(tmp_path)
-    processes = start(3, tmp_path, *paths)
-    assert processes[0].stdout.readline() == "ready\n", processes[0].stderr.read()
-    for process in processes:
-        process.send_signal(signal.SIGINT)
-    outs, errors = finish(processes)
+    torchrun = start(3, tmp_path, *paths)
+    assert torchrun.stdout.readline() == "ready\n", torchrun.stderr.read()
+    os.killpg(torchrun.pid, signal.SIGINT)
+    assert finish(torchrun) == ("", [])
     check(tmp_path, 3, paths)
-    assert "".join(outs) == "" and "error: " not in "".join(errors)
 
 
 def write_checkpoints(folder):

@@ -275,10 +275,10 @@ def sentence_number(window):
 
 def test_mistakes_are_one_line(tmp_path, capsys):
     model, file = tiny_model(), tmp_path / "f.safetensors"
-    with pytest.raises(ValueError, match="needs a fit of this checkpoint: python experiments/standins.py"):
+    with pytest.raises(ValueError, match="needs a fit of this checkpoint: python experiments/fit_standins.py"):
         standins.make(model, 0.2)
     file.write_bytes(b"not safetensors")
-    with pytest.raises(ValueError, match="no fit of experiments/standins.py"):
+    with pytest.raises(ValueError, match="no fit of experiments/fit_standins.py"):
         standins.make(model, 0.2, fitted=str(file))
     other = tiny_model(n_layers=model.args.n_layers + 1)
     write_fit(file, other, random_fit(other), [[0.1, -9.0]])
