@@ -112,17 +112,6 @@ def generate_batch(
             return
 
 
-def written_windows(model, prompts, n_new, seed, temperature=1.0, eos_ids=()):
-    """Windows (ids, prompt_len) of prompts, lists of ids, each with up to n_new tokens that the model draws for it."""
-    loop = generate_batch(model, prompts, n_new, temperature=temperature, seed=seed, eos_ids=eos_ids)
-    windows = [(list(prompt), len(prompt)) for prompt in prompts]
-    for step, _ in zip(loop, common.progress(range(n_new), "writing")):
-        for (ids, _), token in zip(windows, step):
-            if token is not None:
-                ids.append(token)
-    return windows
-
-
 def parse_args(argv):
     parser = common.Parser(__doc__)
     add = parser.add_argument

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import policies
-from generate import written_windows
+from generate import generate_batch
 from load_weights import load
 from model import KVCache
 from policies import standins
@@ -259,6 +259,17 @@ def chat_windows(model, tokenizer, text, n, apart, n_new=192):
         if len(ids) - prompt_len > standins.WARM_UP_INDEX + 9:
             long_enough.append((ids, prompt_len))
     return long_enough
+
+
+def written_windows(model, prompts, n_new, seed, temperature=1.0, eos_ids=()):
+    """Windows (ids, prompt_len) of prompts, lists of ids, each with up to n_new tokens that the model draws for it."""
+    loop = generate_batch(model, prompts, n_new, temperature=temperature, seed=seed, eos_ids=eos_ids)
+    windows = [(list(prompt), len(prompt)) for prompt in prompts]
+    for step, _ in zip(loop, common.progress(range(n_new), "writing")):
+        for (ids, _), token in zip(windows, step):
+            if token is not None:
+                ids.append(token)
+    return windows
 
 
 def gather(model, tokenizer, options):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from support import gguf_file
 import load_weights
+from support import gguf_file
 
 
 def make_peers(variant, prompt, columns, folder):

@@ -30,7 +30,10 @@ class Transformer(plain_model.Transformer):
             if one_row.needs_no_mask(step, x):
                 step.mask = None
             with torch.inference_mode():  # less bookkeeping than no_grad; the logits, outside, remain plain tensors
-                return (policy or plain_model.dense)(layers, x, step)
+                x = (policy or plain_model.dense)(layers, x, step)
+            if x is None:
+                raise ValueError("the policy returned nothing: it must return x")
+            return x
 
         with one_row.products(tokens, self.tok_embeddings.weight):
             return super().forward(tokens, cache, walk, *args, **kwargs)

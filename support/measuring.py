@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy
 import torch
 
-from support.common import check_finite, check_ids, progress, read_utf8, table
 from model import KVCache, dense
 from skip import FULL, FFNSkip
+from support.common import check_finite, check_ids, progress, read_utf8, table
 from support.tracing import Trace
 
 

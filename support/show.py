@@ -10,9 +10,9 @@ import time
 from contextlib import contextmanager
 from os.path import commonprefix
 
-import torch
-
 from support import common
+from support.tokenizer import TextStream
+from support.trace_page import write_page
 from support.tracing import saved_blocks
 
 REDRAWS = 10  # per second, at most
@@ -27,29 +27,6 @@ def messages(system, *prompts):
     """The messages of a chat template: what --system says, if anything, and the user's prompts."""
     found = [] if system is None else [dict(role="system", content=system)]
     return found + [dict(role="user", content=prompt) for prompt in prompts]
-
-
-class TextStream:
-    """Text of a growing list of ids, piece by piece. A piece is "" while the bytes of a character are not all there."""
-
-    def __init__(self, tokenizer, prompt):
-        self.tokenizer = tokenizer
-        self.ids = list(prompt[-8:])  # whether a word begins with a space depends on what stands before it
-        self.start, self.read = 0, len(self.ids)
-
-    def add(self, token):
-        """The text that is certain now that `token` has come."""
-        self.ids.append(token)
-        return self.rest(certain=True)
-
-    def rest(self, certain=False):
-        """The text not given yet; at the end, what is left of an unfinished character too."""
-        before = self.tokenizer.decode(self.ids[self.start : self.read])
-        text = self.tokenizer.decode(self.ids[self.start :])
-        if certain and text.endswith("\ufffd"):
-            return ""
-        self.start, self.read = self.read, len(self.ids)
-        return text[len(before) :]
 
 
 class Generation:
@@ -382,8 +359,6 @@ def print_texts(generations, prompts):
 def write_trace(path, generations, prompts):
     """The runs as a page for the browser, if the file's name ends in .html; else the last one as CSV."""
     if path.endswith((".html", ".htm")):
-        from support.trace_page import write_page
-
         write_page(path, generations, prompts)
     else:
         write_csv(path, generations[-1])

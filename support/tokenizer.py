@@ -279,3 +279,26 @@ def gguf_tokenizer(path):
         bos = special.get("bos_token")
     tokenizer = build_bpe(path, pieces, kinds, key("merges"), key("pre"), bos)
     return BPETokenizer(tokenizer, path, eos_ids, template, special)
+
+
+class TextStream:
+    """Text of a growing list of ids, piece by piece. A piece is "" while the bytes of a character are not all there."""
+
+    def __init__(self, tokenizer, prompt):
+        self.tokenizer = tokenizer
+        self.ids = list(prompt[-8:])  # whether a word begins with a space depends on what stands before it
+        self.start, self.read = 0, len(self.ids)
+
+    def add(self, token):
+        """The text that is certain now that `token` has come."""
+        self.ids.append(token)
+        return self.rest(certain=True)
+
+    def rest(self, certain=False):
+        """The text not given yet; at the end, what is left of an unfinished character too."""
+        before = self.tokenizer.decode(self.ids[self.start : self.read])
+        text = self.tokenizer.decode(self.ids[self.start :])
+        if certain and text.endswith("\ufffd"):
+            return ""
+        self.start, self.read = self.read, len(self.ids)
+        return text[len(before) :]

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from support import common
-from support.show import TextStream
 from skip import FFNSkip
+from support import common
+from support.tokenizer import TextStream
 
 PLACE = "TRACE_AS_JSON"  # where the data goes in trace_page.html
 

@@ -4,18 +4,18 @@ import inspect
 import math
 from dataclasses import replace
 
-from policies import baselines
 import pytest
 import torch
 import torch.nn.functional as F
-from policies.baselines import POLICIES
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import chunkings, close, is_real, models, new_cache, poisoned_cache, run, texts, tiny_model, walk
 
-from support.measuring import as_windows, cold_regions, measure, skip_ratio
 from model import ModelArgs, Transformer
+from policies import baselines
+from policies.baselines import POLICIES
 from skip import FFNSkip
+from support.measuring import as_windows, cold_regions, measure, skip_ratio
 from support.tracing import Trace
 
 EXITS = ["statecopy", "statecopy_cosine", "earlyexit", "earlyexit_cosine"]

@@ -15,9 +15,9 @@ import torch
 from test_golden import GOLDEN
 from tiny import tiny_model
 
-from support.show import speedup_bound
 from load_weights import load_model
 from model import KVCache, ModelArgs
+from support.show import speedup_bound
 from support.tracing import Trace
 
 ROOT = Path(__file__).parent.parent

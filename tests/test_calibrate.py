@@ -8,20 +8,20 @@ import shutil
 import numpy
 import pytest
 import torch
+from fit_standins import written_windows
 from hypothesis import given
 from hypothesis import strategies as st
 from test_golden import GOLDEN
 from tiny import Bytes, mistake, random_ids, status, tiny_model, walk
 
 import calibrate
-from support import common
 import policies
-from policies.baselines import authors_settings
 from calibrate import candidates, cold_regions, gather_windows, plan, replay, skip_per_layer, verify
 from generate import main as generate_main
-from generate import written_windows
-from support.measuring import measure, quality, read_cosines, skip_ratio, text_windows
+from policies.baselines import authors_settings
 from skip import FFNSkip
+from support import common
+from support.measuring import measure, quality, read_cosines, skip_ratio, text_windows
 
 # --- cold regions -----------------------------------------------------------------------------------------------------
 

@@ -10,11 +10,11 @@ import pytest
 from test_golden import GOLDEN
 from tiny import Bytes, start, tiny_model
 
-from support import chat
-from support.show import Generation
 from generate import generate, parse_args
 from generate import start as begin
 from model import dense
+from support import chat
+from support.show import Generation
 
 CKPT = GOLDEN / "hf-gqa"
 FLAGS = ["--chat", "--max-new-tokens", "6", "--policy", "dense"]

@@ -4,18 +4,18 @@ import json
 
 import pytest
 import torch
-from policies.baselines import POLICIES
 from hypothesis import given
 from hypothesis import strategies as st
 from test_golden import GOLDEN
 from tiny import mistake, status, tiny_model
 
-from support import common
-from support.common import first_difference, model_name
 from generate import choose_policy, main, parse_args
 from model import dense
 from policies import add_skip_arguments, find_policy, find_settings, load_settings
+from policies.baselines import POLICIES
 from skip import FFNSkip
+from support import common
+from support.common import first_difference, model_name
 
 CKPT = str(GOLDEN / "hf-gqa")
 SETTINGS = dict(model="tiny", n_layers=4, cold_s=1, cold_e=3, sim_threshold=0.9, k=2, curve=[1, 2], note="...")

@@ -13,7 +13,6 @@ import pytest
 import tasks
 import torch
 from at_ratio import describe, make_policy, on_text, prompts_ratio
-from policies.baselines import POLICIES
 from readers import load_questions, load_text
 from table import Table, cell
 from tasks import TASKS, perplexity
@@ -21,11 +20,12 @@ from test_golden import GOLDEN
 from test_standins import random_fit, write_fit
 from tiny import Bytes, mistake, random_ids, start, tiny_model, write_data
 
-from support import common
 import policies
 from calibrate import cold_regions
-from support.measuring import mean_interval, measure, skip_ratio
+from policies.baselines import POLICIES
 from skip import FFNSkip
+from support import common
+from support.measuring import mean_interval, measure, skip_ratio
 
 
 @pytest.fixture
@@ -292,8 +292,8 @@ def test_the_command_stands_directly_before_the_rows_that_it_made(tmp_path, monk
 
     run("one.py")
     assert not list(tmp_path.iterdir())
-    for command, *policies in ("one.py", "a"), ("two.py",), ("one.py", "b"), ("two.py", "c"):
-        run(command, *policies)
+    for command, *names in ("one.py", "a"), ("two.py",), ("one.py", "b"), ("two.py", "c"):
+        run(command, *names)
     lines = (tmp_path / "llama-3.1.csv").read_text().splitlines()
     assert [line for line in lines if not line.startswith("# versions: python")] == [
         "# command: python one.py", '# settings: {"task": "x"}', "policy,kl", "a,0.5", "b,0.5",

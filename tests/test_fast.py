@@ -104,7 +104,7 @@ def test_monitoring_a_layer_costs_one_dot_product():
         with mock.patch.object(torch, "dot", side_effect=torch.dot) as dot:
             model(torch.tensor([[3]]), cache, policy)
         calls.append(dot.call_count)
-    assert calls == [2 * 4 + 1, 2 * 4 + 1 + 4 + 1]  # two norms per layer and the final one; the last temp has no next norm
+    assert calls == [2 * 4 + 1, 2 * 4 + 1 + 4 + 1]  # two norms per layer and the final one; the last temp twice
 
 
 def test_only_a_cache_as_model_py_has_it_is_written_to_directly():

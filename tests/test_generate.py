@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import Bytes, Words, models, new_cache, random_ids, tiny_model
 
-from support.cache import rewind
 from generate import generate, generate_batch, sample
 from model import KVCache, ModelArgs, Transformer, dense
 from skip import FFNSkip
-from support.show import TextStream, speedup_bound
+from support.cache import rewind
+from support.show import speedup_bound
+from support.tokenizer import TextStream
 from support.tracing import Trace
 
 

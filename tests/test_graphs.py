@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from unittest import mock
 
 import pytest
-from policies import standins
 import torch
 import torch._dynamo  # noqa: F401; imported by the first recorded operation, it would keep that one's frames alive
 from hypothesis import HealthCheck, given, settings
@@ -22,12 +21,13 @@ from tiny import models as plain_models
 from tiny import tiny_model as plain_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from support.cache import rewind
 from fast import accelerate, graphs
 from fast.graphs import Graphs, add_graphs
 from generate import generate
 from model import KVCache
+from policies import standins
 from skip import FFNSkip
+from support.cache import rewind
 from support.tracing import Trace
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]

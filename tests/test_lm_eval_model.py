@@ -24,10 +24,10 @@ from tasks import Context
 from test_golden import GOLDEN
 from tiny import mistake, tiny_model, write_jsonl
 
-from support import common
 from load_weights import load_tokenizer
 from model import KVCache, dense
 from skip import FFNSkip
+from support import common
 
 TOKENIZER = GOLDEN / "hf-theta"  # a tokenizer.json that transformers reads as well
 LONG = "jumps over the lazy dog, and the dog does not mind at all. " * 2

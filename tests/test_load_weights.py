@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN, LOGITS
 
+from load_weights import HUGGING_FACE, load_model, load_tokenizer, main
 from support.common import LoadError, demo_path, run_command
 from support.gguf_file import gguf_args
-from load_weights import HUGGING_FACE, load_model, load_tokenizer, main
 
 ROOT = Path(__file__).parent.parent
 

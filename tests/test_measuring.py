@@ -4,14 +4,16 @@ import math
 
 import pytest
 import torch
-from policies.baselines import RandomSkip
+from fit_standins import written_windows
 from hypothesis import given
 from hypothesis import strategies as st
 from test_golden import GOLDEN
 from tiny import Bytes, random_ids, tiny_model
 
-from generate import generate_batch, written_windows
+from generate import generate_batch
 from load_weights import load_tokenizer
+from policies.baselines import RandomSkip
+from skip import FFNSkip
 from support.measuring import (
     bring_to,
     compare_with_dense,
@@ -25,7 +27,6 @@ from support.measuring import (
     skip_ratio,
     text_windows,
 )
-from skip import FFNSkip
 from support.tracing import Trace
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -7,15 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
+from bench import SIZES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import NaiveLlama, add, chunkings, close, is_real, models, poisoned_cache, run, texts, tiny_model
 
 import model as model_py
-from bench import SIZES
 from fast import accelerate, one_row, plain
 from model import KVCache, ModelArgs, RMSNorm, Transformer, apply_rotary_emb, dense, precompute_freqs_cis
 from support.tracing import Trace
+from support.weight_files import model_args
 
 
 def on_meta(args):
@@ -44,8 +45,9 @@ def test_parameters_have_metas_names():
 
 @pytest.mark.parametrize("sizes", [dict(dim=30, n_heads=4), dict(n_heads=4, n_kv_heads=3), dict(dim=12, n_heads=4)])
 def test_impossible_sizes_are_refused(sizes):
+    """Where a checkpoint is opened: model.py trusts its caller."""
     with pytest.raises(ValueError, match=r"dim|n_kv_heads"):
-        ModelArgs(**sizes)
+        model_args(**sizes)
 
 
 @settings(max_examples=40)

@@ -21,12 +21,12 @@ sys.path[:0] = str(HERE.parent), str(HERE.parent / "experiments"), str(HERE)
 
 from tiny import tiny_model
 
-from support import common
 import generate
 from fast import parallel
 from load_weights import HUGGING_FACE, load_model
 from model import KVCache
 from skip import FFNSkip
+from support import common
 from support.tracing import Trace
 
 GOLDEN = HERE / "golden"

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from test_golden import GOLDEN
 from tiny import Bytes, random_ids, start
 
-from support import show
 from generate import main, parse_args
 from generate import start as begin
 from model import dense
 from skip import FFNSkip
+from support import show
 
 CKPT = str(GOLDEN / "hf-gqa")
 SKIP = ["--policy", "ffnskip", "--cold-s", "0", "--cold-e", "2", "--sim-threshold", "0.5", "--warm-up-index", "1"]
@@ -126,7 +126,7 @@ def test_the_picture_has_a_dot_per_block_that_was_skipped_and_fits_its_columns(n
     ran = torch.tensor([[random.random() < 0.5 for _ in range(n_tokens)] for _ in range(n_layers)])
     lines = list(show.blocks_picture(ran, columns=3))
     assert len(lines) == -(-n_layers // 4) and {len(line) for line in lines} == {min(3, -(-n_tokens // 2))}
-    bit = {(0, 0): 0, (1, 0): 1, (2, 0): 2, (0, 1): 3, (1, 1): 4, (2, 1): 5, (3, 0): 6, (3, 1): 7}  # Unicode's numbering
+    bit = {(0, 0): 0, (1, 0): 1, (2, 0): 2, (0, 1): 3, (1, 1): 4, (2, 1): 5, (3, 0): 6, (3, 1): 7}
     for layer in range(n_layers):
         for token in range(min(n_tokens, 6)):
             from_top = n_layers - 1 - layer

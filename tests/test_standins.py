@@ -9,16 +9,15 @@ import subprocess
 
 import fit_standins
 import pytest
-from policies import standins
 import torch
 from safetensors.torch import save_file
 from test_golden import GOLDEN
 from tiny import Bytes, close, mistake, new_cache, run, start, tiny_model
 
-from support import common
 import generate
-from support import measuring
 from load_weights import load_model
+from policies import standins
+from support import common, measuring
 from support.tracing import Trace
 
 

@@ -4,19 +4,19 @@ import json
 import math
 from types import SimpleNamespace
 
-from policies import baselines
 import pytest
 import readers
 import tasks
 import torch
 from tasks import Context
-from tiny import STORY, Bytes, close, tiny_model, write_jsonl
+from tiny import STORY, Bytes, close, write_jsonl
 
-from support.common import first_difference
 from generate import generate
-from support.measuring import mean_interval, paired_interval
 from model import KVCache, dense
+from policies import baselines
 from skip import FFNSkip
+from support.common import first_difference
+from support.measuring import mean_interval, paired_interval
 from support.tracing import Trace
 
 # --- metrics ----------------------------------------------------------------------------------------------------------

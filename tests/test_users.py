@@ -12,13 +12,13 @@ from test_golden import GOLDEN
 from tiny import mistake, start, tiny_model
 
 import calibrate
-from support import common
 import generate
-from support.common import find_checkpoint, model_name, read_utf8, to_json
-from support.measuring import measure, read_cosines, read_jsonl, read_text
 from fast.one_row import Squares
 from policies import load_settings, settings_path
 from skip import FFNSkip
+from support import common
+from support.common import find_checkpoint, model_name, read_utf8, to_json
+from support.measuring import measure, read_cosines, read_jsonl, read_text
 
 CKPT = str(GOLDEN / "hf-gqa")
 

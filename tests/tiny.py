@@ -17,9 +17,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from support.common import run_command
 from fast import accelerate
 from model import KVCache, ModelArgs, Transformer
+from support.common import run_command
 from support.tracing import Trace
 
 ROOT = Path(__file__).parent.parent
