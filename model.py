@@ -70,7 +70,7 @@ class KVCache:
         shape = (args.n_layers, batch_size, args.n_kv_heads, max_seq_len, args.head_dim)  # (30, 1, 3, 100, 64)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.written = torch.zeros(args.n_layers, batch_size, max_seq_len, dtype=torch.bool)  # on the host: no GPU to wait for
+        self.written = torch.zeros(args.n_layers, batch_size, max_seq_len, dtype=torch.bool)  # on the host
         self.pad = torch.zeros(batch_size, dtype=torch.long)  # columns of left padding in each row
         self.length = 0  # columns filled so far: where the next token goes
         self.freqs_cis = precompute_freqs_cis(torch.arange(max_seq_len)[None], args, device)[0]  # (100, 1, 32)
@@ -108,7 +108,7 @@ class Step:
     """What one forward pass knows: the same for every layer, and what a policy may look at."""
 
     cache: KVCache
-    positions: torch.Tensor  # (batch, seq) on the host; 0 in padding
+    positions: torch.Tensor  # (batch, seq) on the host, where it is read without waiting for a GPU; 0 in padding
     token_index: torch.Tensor  # (batch, seq) on the host: position - prompt_len, negative in the prompt and in padding
     freqs_cis: torch.Tensor  # (batch, seq, 1, head_dim / 2), the rotary factors of the positions
     mask: torch.Tensor  # bool (batch, 1, seq, columns): which columns each token sees

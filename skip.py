@@ -88,7 +88,7 @@ class FFNSkip:
                                                                         # (token_index, input_state, cold_s, cold_e):
     def generate_with_skip_model(self, layers, input_state, step, full):
         """
-        The pseudocode is for one token; here it is applied to each token of (batch, seq). Tokens in `full` skip nothing.
+        The pseudocode is for one token; here it is applied to each of (batch, seq). Tokens in `full` skip nothing.
         skip_state is a list with one number per token: how many FFN blocks it still skips. 0 is the paper's False.
         """
         k = self.k or len(layers)                                       # (None: skip up to cold_e)
@@ -101,13 +101,14 @@ class FFNSkip:
             h = layer.add_attention(past_state, step)                   #     h <- past_state + attention(past_state)
             active = self.active(skip_state, full.shape)                #     if skip_state == False then
             temp = layer.add_feed_forward(h, step, active)              #         temp <- h + feed_forward(h)
+            sim_threshold = self.threshold(layer)
             sim_score = self.cosine(h, temp, layer, step, skip_state)   #         sim_score <- cosine(h, temp)
             for i, n in enumerate(skip_state):
                 if n > 0:                                               #             (section 3.2: greedily skip k)
                     skip_state[i] = n - 1
                     if n == 1 and not self.recheck:                     #             (the rest of it runs in full)
                         skip_state[i] = FULL
-                elif n == 0 and sim_score[i] >= self.threshold(layer):  #         if sim_score >= sim_threshold then
+                elif n == 0 and sim_score[i] >= sim_threshold:          #         if sim_score >= sim_threshold then
                     skip_state[i] = k                                   #             skip_state <- True
             past_state = temp                                           #         past_state <- temp
                                                                         #     else

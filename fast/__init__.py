@@ -42,7 +42,7 @@ class Transformer(plain_model.Transformer):
         row, head = one_row.as_row(x), self.output or self.tok_embeddings
         if row.dim() > 1 or not (one_row.is_plain(self.norm) and one_row.is_plain(head)):
             return super().logits(x)
-        normed = one_row.Squares().norm(row, self.norm.weight, self.norm.eps)
+        normed = one_row.Squares().norm(row, self.norm.weight.float(), self.norm.eps)
         return one_row.linear(normed, head.weight).view(1, 1, -1).float()  # (576,) -> (49152,) -> (1, 1, 49152)
 
 

@@ -61,7 +61,7 @@ class Squares:
     """
 
     def __init__(self):
-        self.state, self.state32, self.square = None, None, None
+        self.state, self.state32, self.square, self.zeros = None, None, None, None
 
     def of(self, state):
         """(the state in float32, (dim,); the sum of its squares)"""
@@ -70,10 +70,13 @@ class Squares:
             self.square = torch.dot(self.state32, self.state32).item()
         return self.state32, self.square
 
-    def norm(self, state, scale, eps):
-        """RMSNorm of a state, with the weight `scale`, as a vector (dim,): two multiplications, not ten operations."""
+    def norm(self, state, weight, eps):
+        """RMSNorm of a state, with a weight in float32, as a vector (dim,): four operations and not ten."""
         state32, square = self.of(state)
-        return (state32 * (square / len(state32) + eps) ** -0.5 * scale).type_as(state)
+        if self.zeros is None:
+            self.zeros = torch.zeros_like(state32)
+        scale = (square / len(state32) + eps) ** -0.5
+        return torch.addcmul(self.zeros, state32, weight, value=scale).type_as(state)  # 0 + scale * state * weight
 
     def cosine(self, h, temp):
         """The cosine of two states as a number of float32, whatever their dtype."""
@@ -94,8 +97,8 @@ class Layer:
         self.product = F.linear if way == "linear" else multiply
         self.wq, self.wk, self.wv = attention.wq.weight, attention.wk.weight, attention.wv.weight
         self.wo, self.w1, self.w2, self.w3 = attention.wo.weight, block.w1.weight, block.w2.weight, block.w3.weight
-        self.attention_scale = layer.attention_norm.weight.float()  # once, and not at every token
-        self.ffn_scale, self.eps = layer.ffn_norm.weight.float(), layer.ffn_norm.eps
+        self.norm_1 = layer.attention_norm.weight.float()  # converted once, and not at every token
+        self.norm_2, self.eps = layer.ffn_norm.weight.float(), layer.ffn_norm.eps
         self.n_heads, self.head_dim = attention.args.n_heads, attention.args.head_dim
         self.keys, self.values = cache.k[self.layer_id], cache.v[self.layer_id]  # (1, 3, 100, 64)
         self.written = cache.written[self.layer_id, 0].numpy()  # the same memory; numpy sets an entry sooner
@@ -110,15 +113,15 @@ class Layer:
         if active is not None or x.numel() != x.size(-1):
             return self.layer.add_attention(x, step, active)
         product, column = self.product, step.cache.length
-        normed = self.squares.norm(x, self.attention_scale, self.eps)
+        normed = self.squares.norm(x, self.norm_1, self.eps)
         queries_keys = torch.cat((product(normed, self.wq), product(normed, self.wk)))  # one rotation for both
         pairs = torch.view_as_complex(queries_keys.float().view(-1, self.head_dim // 2, 2))  # -> (12, 32)
-        turned = torch.view_as_real(pairs * step.freqs_cis[0, 0]).view(-1, self.head_dim)  # -> (12, 32, 2) -> (12, 64)
-        self.keys[0, :, column] = turned[self.n_heads :]
-        self.values[0, :, column] = product(normed, self.wv).view(-1, self.head_dim)
+        turned = torch.view_as_real(pairs * step.freqs_cis).view(-1, self.head_dim)  # -> (1, 1, 12, 32, 2) -> (12, 64)
+        self.keys.select(2, column).copy_(turned[self.n_heads :])
+        self.values.select(2, column).copy_(product(normed, self.wv).view(-1, self.head_dim))
         self.written[column] = True
         q = turned[: self.n_heads].type_as(x).view(1, self.n_heads, 1, self.head_dim)
-        out = self.attend(q, self.keys[:, :, : column + 1], self.values[:, :, : column + 1], step)
+        out = self.attend(q, self.keys.narrow(2, 0, column + 1), self.values.narrow(2, 0, column + 1), step)
         return x + self.add_up(product(out.reshape(-1), self.wo))
 
     def add_feed_forward(self, h, step, active=None):
@@ -127,7 +130,7 @@ class Layer:
         if h.numel() != h.size(-1):
             return self.layer.add_feed_forward(h, step, active)
         product = self.product
-        normed = self.squares.norm(h, self.ffn_scale, self.eps)
+        normed = self.squares.norm(h, self.norm_2, self.eps)
         out = product(F.silu(product(normed, self.w1)) * product(normed, self.w3), self.w2)
         if step.trace is not None:
             step.trace.record_ran(self.layer_id, active)
@@ -140,9 +143,7 @@ class Layer:
         return out
 
     def cosine(self, h, temp):
-        if h.numel() != h.size(-1):
-            return self.layer.cosine(h, temp)
-        return [self.squares.cosine(h, temp)]
+        return [self.squares.cosine(h, temp)] if h.numel() == h.size(-1) else self.layer.cosine(h, temp)
 
 
 def multiply(x, weight):

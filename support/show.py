@@ -1,6 +1,6 @@
 """
-What generate.py shows: a Generation, which is one policy at work; text as it grows, two texts side by side or below each
-other; lines that sum up; a picture of what was skipped; the JSON; a trace as CSV; a bar of layers.
+What generate.py shows: a Generation, which is one policy at work; text as it grows, two texts side by side or below
+each other; lines that sum up; a picture of what was skipped; the JSON; a trace as CSV; a bar of layers.
 """
 
 import csv

@@ -80,7 +80,8 @@ def test_a_reset_forgets_all_but_the_system_text(talk, model):
 
 def test_an_unknown_command_is_named_and_says_nothing_to_the_model(talk):
     said = talk(["/what now", "hello"])
-    assert said.err.splitlines()[1] == f"[no command /what: {chat.COMMANDS}]" and said.err.count("[dense: 6 tokens") == 1
+    assert said.err.splitlines()[1] == f"[no command /what: {chat.COMMANDS}]"
+    assert said.err.count("[dense: 6 tokens") == 1
 
 
 def test_a_full_context_is_one_line_that_names_reset(talk):

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-import torch._dynamo  # noqa: F401; imported by the first recorded operation, it would keep that one's frames alive
+import torch._dynamo  # noqa: F401 (imported by the first recorded operation, it would keep the frames of that one)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cache import Patchy
