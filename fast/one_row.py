@@ -207,10 +207,12 @@ class Attention(model.Attention):
 def needs_no_mask(step, x):
     """
     True if each token of x, (batch, seq, dim), sees all columns up to its own, and the kernel knows: of one token, or
-    of a text from its beginning. On CUDA the second would be cuDNN's kernel, whose bits vary.
+    of a text from its beginning. On CUDA the second would be cuDNN's kernel, whose bits vary. On a Mac's GPU neither
+    is sure: PyTorch 2.8 to 2.11 are reported to give wrong numbers without a mask (pytorch/pytorch#169222, #174861).
     """
-    from_the_start = step.cache.length == 0 and not x.is_cuda
-    return (x.size(1) == 1 or from_the_start) and not step.cache.pad.any()
+    one = x.size(1) == 1 and x.device.type in ("cpu", "cuda")
+    from_the_start = step.cache.length == 0 and x.device.type == "cpu"
+    return (one or from_the_start) and not step.cache.pad.any()
 
 
 KNOWN |= {RMSNorm, Attention}
