@@ -164,3 +164,22 @@ def test_a_mask_is_left_out_only_where_the_kernel_is_known_to_be_right():
     assert needs_no_mask("cpu", 1, length=5) and needs_no_mask("cuda", 1, length=5) and needs_no_mask("cpu", 7)
     assert not needs_no_mask("cpu", 7, length=5) and not needs_no_mask("cuda", 7) and not needs_no_mask("cpu", 7, pad=1)
     assert not needs_no_mask("mps", 1, length=5) and not needs_no_mask("mps", 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_policy_that_changes_a_state_in_place_is_told_so(dtype):
+    """Its norm would be that of the state before; model.py's own layers compute every norm anew."""
+    model = accelerate(tiny_model(dtype=dtype))
+
+    def in_place(layers, x, step):
+        for layer in layers:
+            h = layer.add_attention(x, step)
+            temp = layer.add_feed_forward(h, step)
+            layer.cosine(h, temp)
+            x = temp.mul_(0.5)
+        return x
+
+    cache = new_cache(model, 1)
+    with pytest.raises(ValueError, match="the policy changed a state in place"):
+        for token in random_ids(1 + one_row.VERIFY):
+            model(torch.tensor([[token]]), cache, in_place)
