@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import bench
 import evaluate
 import pytest
 import torch
@@ -162,7 +163,9 @@ def test_no_program_measures_what_is_not_finite(damaged, tmp_path, capsys):
     assert "not finite" in mistake(capsys, calibrate.main, *args)
     args = ["perplexity", "--ckpt", damaged, "--data", text, "--window", "32", "--policies", "dense"]
     assert "not finite" in mistake(capsys, evaluate.main, *args, "--output", tmp_path / "t.csv")
-    assert not (tmp_path / "o.json").exists()
+    args = ["--ckpt", damaged, "--prompt", "4", "--tokens", "3", "--out", tmp_path / "b.csv"]
+    assert "not finite" in mistake(capsys, bench.main, *args)
+    assert not (tmp_path / "o.json").exists() and not (tmp_path / "b.csv").exists()
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-300, 1e-6])
