@@ -172,14 +172,13 @@ def faster(layers, cache):
     kept[cache] = [Layer(layer, cache, squares) for layer in layers]
     return kept[cache]
 KNOWN = {nn.Linear, nn.Embedding, model.FeedForward, model.Block}  # and the two below, which add themselves
-HOOKS = "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
 def is_plain(module):
     """Whether a module, in all its parts, is of model.py's classes, with no hook but that of several processes."""
     for part in module.modules():
         own = vars(part)
-        hooked = any(own[hooks] for hooks in HOOKS) or set(own["_forward_hooks"].values()) - {parallel.add_up}
+        hooked = own["_forward_pre_hooks"] or set(own["_forward_hooks"].values()) - {parallel.add_up}
         if type(part) not in KNOWN or "forward" in own or "attend" in own or hooked:
             return False
     return True

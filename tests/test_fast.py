@@ -83,6 +83,7 @@ def test_an_infinite_threshold_is_dense_bit_for_bit_on_either(data, dtype):
         again, again_cache, trace = decode(each, random_ids(12), skip, prompt_len=5)
         assert torch.equal(again, logits) and torch.equal(again_cache.k, cache.k)
         assert trace.ran.all() and cache.complete() and again_cache.complete()
+    assert one_row.way is None  # how a pass multiplies is no way for what is computed after it
 
 
 def test_accelerating_is_undone_and_changes_no_name_and_no_weight():
@@ -150,8 +151,11 @@ def test_one_row_of_several_processes_has_vectors_too():
     for module in model.layers[0].attention, model.layers[0].feed_forward:
         module.register_forward_hook(parallel.add_up)
     assert one_row.is_plain(model.layers[0])
-    model.layers[0].feed_forward.register_forward_hook(lambda module, inputs, out: out)
-    assert not one_row.is_plain(model.layers[0])
+    for register in "register_forward_hook", "register_forward_pre_hook":
+        handle = getattr(model.layers[0].feed_forward.w1, register)(lambda module, *args: None)
+        assert not one_row.is_plain(model.layers[0])
+        handle.remove()
+    assert one_row.is_plain(model.layers[0])
 
 
 def test_a_mask_is_left_out_only_where_the_kernel_is_known_to_be_right():
