@@ -19,7 +19,7 @@ from tiny import mistake, start
 
 from generate import QUESTION, generate, main
 from load_weights import load_model, load_tokenizer
-from support.show import Generation
+from support.show import Generation, speedup_bound
 
 CKPT = str(GOLDEN / "hf-gqa")
 SKIP = ["--policy", "ffnskip", "--cold-s", "0", "--cold-e", "2", "--sim-threshold", "0.5", "--warm-up-index", "1"]
@@ -124,7 +124,8 @@ def test_skipping_is_reported_traced_and_compared(tmp_path, run, report):
     assert out["settings"]["skip"]["sim_threshold"] == 0.5 and out["dense"]["ffn_saved_ratio"] == 0
     pairs = zip(out["token_ids"], out["dense"]["token_ids"])
     assert out["first_difference"] == next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    assert out["speedup_bound"] > 1
+    assert out["speedup_bound"] == pytest.approx(speedup_bound(load_model(CKPT), out["ffn_saved_ratio"])) and n > 3
+    assert 2**26 < out["peak_memory_bytes"] < 2**36  # Python and PyTorch alone take more than 64 MiB
     text = run(*SKIP, "--max-new-tokens", "10", "--compare", "Layers 3 to")
     assert text.out.startswith("[dense]\n") and "\n[ffnskip]\n" in text.out and "x the speed of dense" in text.err
     picture = re.search(r"\[a dot is an FFN block .*\]\n  1 ([\u2800-\u28ff]+)\n\[dense: ", text.err)[1]
