@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # torch 2.13.0 (Python 3.11): the first operation of a process under a TorchDispatchMode keeps the local variables of
 # the functions that were running, after they have returned, until Python's next search for cycles. That operation
-# imports torch._dynamo; a module of it calls torch.fx.wrap, which has its own frame in a local variable. That is a cycle,
-# and from it f_back leads to every frame on the stack. From the second operation on nothing is kept.
+# imports torch._dynamo; a module of it calls torch.fx.wrap, which has its own frame in a local variable. This is a
+# cycle, and from it f_back leads to every frame on the stack. From the second operation on nothing is kept.
 #
 # One guesses that what a function alone refers to is freed when the function returns, as it is everywhere else in
 # PyTorch: a model or a cache of a function's own is not, and its memory, on a GPU gigabytes that Python knows nothing
