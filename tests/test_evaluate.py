@@ -428,10 +428,10 @@ def test_the_nearest_to_the_ratio_is_kept(model, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from policies.baselines import RandomSkip\n\n\n"
         "def make(model, skip, *args, **more):\n"
-        "    return RandomSkip(model, 0.25 if skip == 0.3 else round(skip), *args, **more)\n"
+        "    return RandomSkip(model, 0.2 if skip == 0.3 else round(skip), *args, **more)\n"
     )
     policy, ratio = make(f"{tmp_path}/mine.py:make", model, 0.3, {}, 4)
-    assert policy.skip == 0.25 and ratio == skip_ratio(model, policy, WINDOWS)
+    assert policy.skip == 0.2 and ratio == skip_ratio(model, policy, WINDOWS) < 0.29
 
 
 def test_a_threshold_is_looked_for_among_the_cosines_of_warm_layers():
