@@ -267,10 +267,10 @@ def test_the_demo_model_knows_its_end_of_text(demo, report):
 def test_generation_begins_before_it_ends(demo):
     """Text streams: the first piece is there while later ones are still being computed. And the fit is found, from any
     folder, in a process of its own: nothing but its own path tells the program where its parts are."""
-    args = ["--policy", "standins", "--skip", 0.15, "--max-new-tokens", 60]
+    args = ["--policy", "standins", "--skip", 0.15, "--max-new-tokens", 40]
     process = start("generate.py", *args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")
     process.stdout.read(1)
     assert process.poll() is None
     text, said = process.communicate()
-    skipped = float(re.search(r"\[standins: 60 tokens, .* skipped ([\d.]+)% \(planned 15.0%\)", said)[1])
+    skipped = float(re.search(r"\[standins: 40 tokens, .* skipped ([\d.]+)% \(planned 15.0%\)", said)[1])
     assert len(text) > 20 and 2 < skipped <= 100 * 7 / 30

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_golden import GOLDEN
-from tiny import mistake, status, tiny_model
+from tiny import mistake, random_ids, status, tiny_model
 
 from generate import choose_policy, main, parse_args
 from model import dense
@@ -129,7 +129,8 @@ def test_what_is_no_policy_is_answered_with_the_names_of_those_that_are(name, ca
 
 
 @pytest.mark.parametrize("name", ["ffnskip", *POLICIES, "FILE.py"])
-def test_the_warm_up_index_reaches_every_policy(name, tmp_path):
+def test_the_warm_up_index_reaches_every_policy(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("policies.baselines.written_text", lambda *args: torch.tensor([random_ids(36)]))
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "tiny.skip.json").write_text(json.dumps(SETTINGS | dict(ratios=[[0.1, 0.1], [0, 0.5]])))
     name = f"{tmp_path}/mine.py:make" if name == "FILE.py" else name
