@@ -68,7 +68,7 @@ def run(model, tmp_path, monkeypatch):
     ],
 )
 def test_every_task(run, task, file, columns, limit):
-    flags = ["--max-new-tokens", "12", "--policies", "dense,ffnskip,random,shortgpt"]
+    flags = ["--max-new-tokens", "12", "--policies", "dense,ffnskip,random,shortgpt", "--calibration-tokens=96"]
     flags += ["--limit", limit] if limit else []
     flags += ["--prompt-tokens", "16"] if task == "warmup" else []
     rows = run(task, file, *flags)
