@@ -126,9 +126,9 @@ class PlannedStandIns(StandIns):
         self.skips = self.plan[max(0, step.token_index[0, 0].item())]  # the prompt, below 0, skips nothing
         return super().__call__(layers, x, step)
 
-    def decide(self, h, layer, step, left):
-        super().decide(h, layer, step, left)
-        return self.skips[layer.layer_id]
+    def decide(self, h, layer, step, remaining):
+        decided = super().decide(h, layer, step, remaining)
+        return self.skips[layer.layer_id] if any(remaining) else decided
 
     def bytes_read(self, ffn_run):
         """Of a step that runs the share ffn_run of the feed-forward blocks: all probes, and of the rest the
@@ -402,6 +402,7 @@ def main(argv=None):
     variants = make_variants(model, options)
     prompt, tokens = torch.randint(model.args.vocab_size, (options.batch, columns)).tensor_split([options.prompt], 1)
     big = torch.ones(2**13, 2**13, device=device)  # 256 MiB of float32
+    common.check_finite(model(prompt.to(device), last_only=True))
     measure(variants, [], prompt, tokens[:, :5], 1, big)  # warm-up
     memory, peers = common.peak_memory(device), []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """calibrate.py: the rule for the cold regions, the prediction by replay, the closed loop, and the settings file."""
 
 import csv
+import functools
 import json
 import math
 import shutil
@@ -86,11 +87,12 @@ def test_a_flat_beginning_is_cold_whichever_of_its_layers_is_lowest():
         assert 10 <= cold_s <= 11 and cold_e == 30
 
 
-@given(st.lists(st.floats(-1, 1), min_size=2, max_size=50))
-def test_any_curve_has_cold_regions(curve):
-    for each in curve, curve[:1] * len(curve):
-        cold_s, cold_e = cold_regions(each)
-        assert 0 <= cold_s <= cold_e <= len(curve)
+@given(st.lists(st.floats(-1, 1, width=16), min_size=2, max_size=50))
+def test_any_curve_has_warm_layers_wherever_it_lies_and_where_it_is_flat_no_others(curve):
+    cold_s, cold_e = cold_regions(curve)
+    assert 0 <= cold_s < cold_e <= len(curve)
+    assert cold_regions([c / 4 for c in curve]) == (cold_s, cold_e)
+    assert cold_regions(curve[:1] * len(curve)) == (0, len(curve))
 
 
 # --- replay and plan --------------------------------------------------------------------------------------------------
@@ -319,6 +321,13 @@ def test_the_ratios_in_the_settings_are_what_the_shifts_skip_of_the_text_held_ou
         assert low - 0.005 <= skip_ratio(model, planned, held_out) <= high + 0.005
 
 
+def test_a_share_that_no_shift_skips_is_not_among_the_ratios():
+    """Neither what is more than k=1 can skip, nor what is less than the largest shift of the thresholds leaves."""
+    cosines = 0.85 + 0.1 * torch.rand(200, 6, generator=torch.Generator().manual_seed(0))
+    pairs = calibrate.find_ratios(cosines, FFNSkip(1, 5, 0.0, -1, k=1), functools.partial(replay, cosines))
+    assert [ratio for _, ratio in pairs] == pytest.approx([0.2, 0.25, 0.3], abs=0.002)
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -393,6 +402,7 @@ WRONG = [  # OUR/: the folder of the test; --out OUR/out.json unless it is given
     (["--cosines", "OUR/ragged.csv"], "ragged.csv:2: 1 columns, and the rows before have 2"),
     (["--cosines", "OUR/words.csv"], "words.csv:2: not a row of cosines"),
     (["--cosines", "OUR/first.csv"], "first.csv:1: not a row of cosines"),
+    (["--cosines", "OUR/angles.csv"], "angles.csv:1: not a row of cosines"),
     (["--cosines", "OUR/wide.csv", *SMALL[:2]], "wide.csv: 3 columns, and hf-gqa has 2 layers"),
     (["--cosines", "OUR/good.csv", "--skip", "0.9"], "0.9 cannot be reached"),
     (["--cosines", "OUR/good.csv", *SMALL[:2], "--skip", "0.9", "--out="], "cannot be reached"),
@@ -411,6 +421,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(args, message, tmp_path, capsy
     (tmp_path / "words.csv").write_text("0.9,0.9\n0.9,high\n")
     (tmp_path / "good.csv").write_text("0.9,0.8\n0.9,0.7\n")
     (tmp_path / "first.csv").write_text("0.9,high\n0.9,0.8\n")
+    (tmp_path / "angles.csv").write_text("0.9,1.5\n0.9,0.8\n")
     (tmp_path / "wide.csv").write_text("0.9,0.8,0.7\n")
     (tmp_path / "latin.txt").write_bytes("na\u00efve".encode("latin-1"))
     before = sorted(tmp_path.iterdir())

@@ -23,6 +23,7 @@ from tiny import tiny_model
 
 import generate
 from fast import parallel
+from fast.processes import from_first
 from load_weights import HUGGING_FACE, load_model
 from model import KVCache
 from skip import FFNSkip
@@ -62,6 +63,8 @@ def main(argv=None):
 
         import calibrate
 
+        with pytest.raises(KeyError, match="what the first one lacks"):  # all of them end, and none waits
+            from_first(lambda: {}["what the first one lacks"])
         with pytest.raises(ValueError, match="n_heads 4, n_kv_heads 1 and hidden_dim 64: .* as 1 does"):
             load_model(GOLDEN / "hf-mqa")
         generate.main([*map(str, FLAGS + SKIP), "--json", "--max-new-tokens", "9", "a b c"])
