@@ -70,6 +70,7 @@ def save(model, tokenizer, path, folder):
     elif isinstance(tokenizer, SentencePieceTokenizer):
         (folder / "tokenizer.model").write_bytes(tokenizer.proto)
         config = dict(tokenizer.special, add_bos_token=bool(tokenizer.add_bos), chat_template=tokenizer.template)
+        config["added_tokens_decoder"] = tokenizer.stated
     else:
         tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
         config = dict(tokenizer.special, chat_template=tokenizer.template)
