@@ -226,6 +226,11 @@ def meta_args(config, params):
             multiple = check_number("multiple_of", params.get("multiple_of") or 256, 2**20, whole=True)
             hidden_dim = int(multiplier * int(2 * (4 * check_number("dim", sizes["dim"], 2**20, whole=True)) / 3))
             sizes["hidden_dim"] = (hidden_dim + multiple - 1) // multiple * multiple
+        factors = sizes.get("freq_factors", [])
+        if not isinstance(factors, list):
+            raise ValueError(f"'freq_factors' is {factors!r:.40}, expected a list of numbers")
+        for factor in factors:
+            check_number("freq_factors", factor)
         args = model_args(**sizes)
         if params.get("use_scaled_rope") and args.freq_factors is None:
             factor = params.get("rope_scaling_factor")
@@ -329,7 +334,7 @@ DEFAULTS = {  # model_type -> what transformers takes where config.json does not
 def hugging_face_args(file):
     """The ModelArgs that a config.json means. Raises LoadError for what model.py does not compute."""
     config = common.read_json(file)
-    if config.get("model_type") not in DEFAULTS:
+    if str(config.get("model_type")) not in DEFAULTS:
         known = " and ".join(DEFAULTS)
         raise LoadError(f"{file}: model_type {config.get('model_type')!r} is not supported, only {known}: {ADVICE}")
     config = DEFAULTS[config["model_type"]] | config
@@ -338,6 +343,8 @@ def hugging_face_args(file):
             raise LoadError(f"{file}: {option} is not supported: {advice}")
     with load_errors(file):
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # one of the two, as in transformers
+        if not isinstance(rope, dict) or any(isinstance(part, dict) for part in rope.values()):
+            raise ValueError(f"rope_scaling or rope_parameters is {rope!r:.40}, expected one object for all layers")
         config |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind in ("linear", "dynamic") and rope.get("factor") == 1:  # which changes nothing

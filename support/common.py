@@ -153,10 +153,13 @@ def find_device(name):
     """The torch.device asked for; for None the fastest there is. Raises ValueError if it is not there."""
     if name is None and torch.cuda.is_available():
         name = "cuda"
-    if name is None and torch.backends.mps.is_available():
+    sound = torch.__version__ >= (2, 13)  # before, attention on Apple's GPU let 16-bit tokens see later ones: #195910
+    if name is None and torch.backends.mps.is_available() and sound:
         name = "mps"
     try:
         device = torch.empty(0, device=name or "cpu").device
+        if device.type == "mps" and not sound:
+            raise RuntimeError("attention there is wrong before PyTorch 2.13: pip install -U torch, or --device cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)  # whose streams graphs.py asks for
         return device

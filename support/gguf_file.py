@@ -10,7 +10,7 @@ import struct
 import torch
 
 from fast.parallel import share
-from support.common import LoadError, first_bytes, first_line, import_optional
+from support.common import LoadError, first_bytes, import_optional
 from support.weight_files import check_layers, load_errors, model_args
 
 ADVICE = "transformers or llama.cpp may run it"  # what model.py does not compute
@@ -31,10 +31,11 @@ def open_gguf(path):
         try:
             reader = gguf.GGUFReader(path, "c")  # "c": mapped, and what is written stays in memory
         except ValueError as error:
-            if "GGMLQuantizationType" not in str(error):
+            unknown = re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error))
+            if unknown is None:
                 raise
-            raise LoadError(f"{path}: its tensors are of type {first_line(error).split()[0]}, which the package gguf "
-                            "does not know: pip install -U gguf, or take another quantisation") from None
+            raise LoadError(f"{path}: holds tensors of type {unknown[1]}, which the package gguf does not know: "
+                            "pip install -U gguf, or take another quantisation") from None
 
     def value(key, default=None):
         field = reader.get_field(key)

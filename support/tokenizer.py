@@ -218,15 +218,15 @@ def tokenizer_folder(folder):
 
 def folder_tokenizer(folder):
     """The tokenizer in Meta's and Hugging Face's layout, from all the files that say something of it."""
-    own = tokenizer_folder(folder)
-    config, generation = read_optional(folder / "config.json"), {}
-    for file in own / "generation_config.json", folder / "generation_config.json":
-        generation |= read_optional(file)
-    eos_ids = generation.get("eos_token_id", [])
-    if eos_ids == []:  # config.json counts where the other says none, as in transformers
-        eos_ids = config.get("eos_token_id", [])
-    if not isinstance(eos_ids, list):
-        eos_ids = [eos_ids]
+    own, config = tokenizer_folder(folder), read_optional(folder / "config.json")
+    for file in folder / "generation_config.json", own / "generation_config.json", folder / "config.json":
+        eos_ids = read_optional(file).get("eos_token_id", [])
+        if not isinstance(eos_ids, list):
+            eos_ids = [eos_ids]
+        if any(type(i) is not int for i in eos_ids):
+            raise LoadError(f"{file}: eos_token_id is {eos_ids!r:.40}, expected the id of a token or a list of ids")
+        if eos_ids:  # the first file that says any counts, as in transformers
+            break
     config |= read_optional(own / "tokenizer_config.json")
     named, older = more_tokens(config), read_optional(own / "special_tokens_map.json")
     if "added_tokens_decoder" in config:  # all tokens are in the newest file, which counts then, as in transformers
@@ -243,26 +243,19 @@ def folder_tokenizer(folder):
     template = find_template(own, config.get("chat_template"))
     known = dict(eos_ids=eos_ids, template=template, special=special, stated=stated, named=named)
     is_llama = "Llama" in config.get("tokenizer_class", "")
-    legacy, no_prefix = config.get("legacy"), config.get("add_prefix_space") is False
-    if legacy is None and is_llama:
-        legacy = False
     meta = (folder / "params.json").exists() and not (own / "tokenizer_config.json").exists()
     if parts and (not proto.exists() or not (is_llama or meta) or is_tiktoken(proto)):
         with load_errors(bpe, "not a tokenizer"):
-            package = import_optional("tokenizers", bpe)
-            tokenizer = package.Tokenizer.from_str(read_utf8(bpe))
-            if is_llama and "\u2581" in read_utf8(bpe):  # sentencepiece's; where it begins, the class says
-                scheme = "always" if legacy else "first"
-                if no_prefix:
-                    scheme = "never"
-                tokenizer.normalizer = None
-                tokenizer.pre_tokenizer = package.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+            tokenizer = import_optional("tokenizers", bpe).Tokenizer.from_str(read_utf8(bpe))
         return BPETokenizer(tokenizer, bpe, **known)
-    add_bos = config.get("add_bos_token", True)
+    legacy, add_bos = config.get("legacy"), config.get("add_bos_token", True)
+    if legacy is None and is_llama:
+        legacy = False
     if parts and is_llama:
-        add_bos = json.dumps(special.get("bos_token")) in json.dumps(parts.get("post_processor"))
+        add_bos = json.dumps(special.get("bos_token", "<s>")) in json.dumps(parts.get("post_processor"))
+    no_prefix = NO_PREFIX * (config.get("add_prefix_space") is False)
     flags = dict(add_bos=add_bos, match=not meta, legacy=legacy)
-    tokenizer = SentencePieceTokenizer(proto.read_bytes() + NO_PREFIX * no_prefix, proto, **known, **flags)
+    tokenizer = SentencePieceTokenizer(proto.read_bytes() + no_prefix, proto, **known, **flags)
     if read_optional(folder / "params.json").get("vocab_size") != -1:  # as in Meta's own
         tokenizer.warning = llama_2_warning(folder, f"{model_name(folder)} {config.get('_name_or_path')}")
     return tokenizer

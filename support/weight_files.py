@@ -5,7 +5,6 @@ of whatever reads them.
 
 import contextlib
 import fnmatch
-import math
 import re
 from pathlib import Path
 
@@ -156,41 +155,36 @@ def is_plain(name, tensor):
 
 
 LARGEST = dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "head_dim"), 2**20)
-LARGEST |= dict(vocab_size=2**31, max_seq_len=2**31)  # what is larger is a mistake, and would take memory or minutes
+LARGEST |= dict(vocab_size=2**31, max_seq_len=2**31, norm_eps=1e30, rope_theta=1e30)  # more is a mistake
 
 
-def model_args(names=(), **sizes):
+def model_args(names=None, **sizes):
     """
     The ModelArgs of these sizes, of which n_kv_heads and head_dim may be None. names: {size: its key in the file}.
     Raises ValueError if one is no such number, or if they divide attention into no such heads.
     """
+    keys = {size: size for size in LARGEST} | (names or {})
     for size, value in sizes.items():
-        name, optional = dict(names).get(size, size), size in ("n_kv_heads", "head_dim")
-        if size in LARGEST and not (optional and value is None):
-            check_number(name, value, LARGEST[size], whole=True)
-        if size in ("norm_eps", "rope_theta"):
-            check_number(name, value)
-        if size == "freq_factors":
-            for factor in value:
-                check_number(name, factor)
+        if size in LARGEST and (value is not None or size not in ("n_kv_heads", "head_dim")):
+            check_number(keys[size], value, LARGEST[size], whole=size not in ("norm_eps", "rope_theta"))
     args = ModelArgs(**sizes)
     if args.n_heads % args.n_kv_heads:
-        raise ValueError(f"n_heads {args.n_heads} is not a multiple of n_kv_heads {args.n_kv_heads}")
+        groups = f"{keys['n_kv_heads']} {args.n_kv_heads}"
+        raise ValueError(f"{keys['n_heads']} {args.n_heads} is not a multiple of {groups}")
     if sizes.get("head_dim") is None and args.dim % args.n_heads:
-        raise ValueError(f"dim {args.dim} is not a multiple of n_heads {args.n_heads}")
+        raise ValueError(f"{keys['dim']} {args.dim} is not a multiple of {keys['n_heads']} {args.n_heads}")
     if args.head_dim % 2:
-        raise ValueError(f"head_dim {args.head_dim} is odd, and rotary embeddings turn pairs")
+        raise ValueError(f"{keys['head_dim']} {args.head_dim} is odd, and rotary embeddings turn pairs")
     return args
 
 
-def check_number(key, value, largest=math.inf, whole=False):
-    """The value of a key in a file, if it is a finite number above 0. Raises ValueError."""
+def check_number(key, value, largest=1e30, whole=False):
+    """The value of a key in a file, if it is a number above 0 and no larger than that. Raises ValueError."""
     if value is None:
         raise ValueError(f"{key!r} is missing")
     kinds = (int,) if whole else (int, float)
-    if type(value) not in kinds or not 0 < value <= largest or value == math.inf:
-        limit = f" up to {largest:,}" if whole else ""
-        raise ValueError(f"{key!r} is {value!r:.40}, expected a {'whole ' * whole}number above 0{limit}")
+    if type(value) not in kinds or not 0 < value <= largest:
+        raise ValueError(f"{key!r} is {value!r:.40}, expected a {'whole ' * whole}number above 0, up to {largest:,}")
     return value
 
 

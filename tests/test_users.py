@@ -77,6 +77,15 @@ def test_a_model_is_found_in_the_cache_by_its_name(hub, monkeypatch, tmp_path, c
     monkeypatch.delenv("HF_HUB_CACHE")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert find_checkpoint("meta-llama/Llama-2-7b-hf") == second
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    (tmp_path / "xdg" / "huggingface").mkdir(parents=True)
+    (tmp_path / "xdg" / "huggingface" / "hub").symlink_to(hub)
+    assert find_checkpoint("meta-llama/Llama-2-7b-hf").resolve() == second.resolve()
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    monkeypatch.setenv("HUGGINGFACE_HUB_CACHE", "$PLACE/hub")  # its old name
+    assert find_checkpoint("meta-llama/Llama-2-7b-hf") == second
     monkeypatch.chdir(tmp_path)
     (tmp_path / "meta-llama" / "Llama-2-7b-hf").mkdir(parents=True)  # an existing path comes first
     assert find_checkpoint("meta-llama/Llama-2-7b-hf") == common.Path("meta-llama/Llama-2-7b-hf")
@@ -111,6 +120,14 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert read_utf8(tmp_path / "p.txt") == "Once\nTom\n" and read_text([tmp_path / "t.jsonl"]) == "a"
     assert read_cosines(tmp_path / "c.csv").tolist() == [[0.5, 0.25]]
     assert load_settings(tmp_path / "s.json", "x", 2) == dict(cold_s=1)
+
+
+@pytest.mark.parametrize("text", ["cut \ud83d", "\udc00", {"inner": ["\udfff"]}])
+def test_half_a_surrogate_pair_in_a_record_is_named_with_its_line(text, tmp_path):
+    lines = [json.dumps(dict(text="\U0001f600")), json.dumps(dict(text=text)), json.dumps(dict(text="b"))]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="t.jsonl:2: half of a surrogate pair"):
+        read_jsonl(tmp_path / "t.jsonl", "text")
 
 
 def test_text_that_is_not_utf_8_is_named(tmp_path, capsys):
