@@ -109,6 +109,8 @@ def read_checkpoint(path):
         others = [other for other in sets if other != name and other not in errors]
         if others:
             note(f"[{source}: reads {name}, and not {', '.join(others)}]")
+        if (source / "adapter_config.json").exists():
+            note(f"[{source}: reads {name}, and not the adapter beside it]")
         return checkpoint
     for error in errors.values():
         raise error

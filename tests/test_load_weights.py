@@ -405,6 +405,9 @@ CHOICES = {
         [meta_beside("consolidated.safetensors"), half("model.safetensors", "x"), rename("x", "model.safetensors")],
         "reads consolidated.safetensors, since model.safetensors is of no use: .* is missing",
     ),
+    "an adapter beside its model": (
+        [write("adapter_config.json", b"{}")], "reads model.safetensors, and not the adapter beside it",
+    ),
     "a variant": ([hf_names("model.fp16.safetensors")], "reads model.safetensors, and not model.fp16.safetensors"),
     "an old format": ([pytorch], "reads model.safetensors, and not pytorch_model.bin"),
     "a pointer beside an old format": (
@@ -468,21 +471,19 @@ def test_the_kind_of_a_file_is_told_by_its_first_bytes(layout, old, new, path, t
     assert load_tokenizer(tmp_path / path).encode("a") == load_tokenizer(GOLDEN / layout).encode("a")
 
 
-@given(st.integers(1, 2500), st.booleans())
-@example(8, False)  # a header of 64 bytes
-@example(80, False)  # of 640: the file begins as a pickle does
-@example(2410, False)  # of 19,280: as a zip archive does
-@example(88, True)  # of 704, after spaces
-def test_a_safetensors_file_is_one_whatever_its_header_is_long(tmp_path_factory, eighths, spaces):
-    """Its first bytes are that length, a multiple of 8, and may look like another kind's."""
+@given(st.integers(8, 20000), st.sampled_from(["a note", "spaces"]))
+@example(640, "a note")  # the file begins as a pickle does
+@example(19280, "spaces")  # as a zip archive does
+@example(316, "spaces")  # as a web page does: lengths need not be multiples of 8
+def test_a_safetensors_file_is_one_whatever_the_length_of_its_header(tmp_path_factory, size, filled_by):
+    """Its first bytes are that length."""
     header = dict(a=dict(dtype="F32", shape=[1], data_offsets=[0, 4]))
-    padded = json.dumps(header).encode()
-    size = max(8 * eighths, len(padded) + -len(padded) % 8)
-    if not spaces:
-        note = size - len(json.dumps(header | dict(__metadata__=dict(note=""))))
-        padded = json.dumps(header | dict(__metadata__=dict(note="x" * note))).encode() if note >= 0 else padded
+    if filled_by == "a note":
+        header["__metadata__"] = dict(note="")
+        header["__metadata__"]["note"] = "x" * (size - len(json.dumps(header)))
+    header = json.dumps(header).encode().ljust(size)
     file = tmp_path_factory.mktemp("kind") / "pytorch_model.bin"
-    file.write_bytes(struct.pack("<Q", size) + padded.ljust(size) + struct.pack("<f", 1.5))
+    file.write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<f", 1.5))
     assert file_kind(file) == "safetensors" and foreign(file) is None
     assert read_tensors(file)["a"].item() == 1.5
 
@@ -507,8 +508,9 @@ def test_tensors_of_several_dtypes_are_told_unless_one_is_asked_for(asked, tmp_p
     edit_tensors(lambda t: {"lm_head.weight": t["lm_head.weight"].float()})(folder)
     model = load_model(folder, dtype=asked)
     assert model.output.weight.dtype == getattr(torch, asked or "float16")
-    said = "holds tensors in float16 and float32: all are read in float16, the embedding's"
-    assert (said in capsys.readouterr().err) == (asked is None)
+    said = "m: holds tensors in float16 and float32: all are read in float16, the embedding's; --dtype chooses another]"
+    err = capsys.readouterr().err
+    assert not err if asked else said in err
 
 
 GGUF_FILES = {  # case -> (its metadata, what the error says)
@@ -720,6 +722,17 @@ def test_metas_own_download_has_its_tokenizer_in_the_folder_above(tmp_path):
         load_tokenizer(tmp_path / "llama" / "hf")
 
 
+def test_llama_3s_original_folder_has_its_tokenizer_json_in_the_folder_above(tmp_path):
+    """Beside Meta's files is only tiktoken's. Ends of text are those of the folder that the tokenizer is in."""
+    pytest.importorskip("tokenizers", reason="tokenizer.json needs the package tokenizers")
+    golden("hf-theta", tmp_path / "llama")
+    folder = golden("meta-gqa", tmp_path / "llama" / "original")
+    (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    for path in folder, folder / "consolidated.00.pth":
+        assert load_tokenizer(path).encode("Paris") == load_tokenizer(GOLDEN / "hf-theta").encode("Paris")
+        assert load_tokenizer(path).eos_ids == {0, 2} and same(path, "meta-gqa")
+
+
 MEMORY = """
 import sys, threading, time
 import torch, load_weights
@@ -827,6 +840,18 @@ def test_out_keeps_the_beginning_that_a_gguf_file_adds(tmp_path):
         old, new = load_tokenizer(GOLDEN / layout), load_tokenizer(tmp_path / layout[:-5])
         assert new.encode("a<|im_start|></s>") == old.encode("a<|im_start|></s>") and new.eos_ids == old.eos_ids
         assert new.template == old.template and new.bos_id == old.bos_id
+
+
+def test_out_keeps_the_user_defined_pieces_of_a_gguf_file(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="reading a GGUF file needs the package gguf")
+    shutil.copy(GOLDEN / "gqa-f16.gguf", tmp_path)
+    field = gguf.GGUFReader(tmp_path / "gqa-f16.gguf", "r+").get_field("tokenizer.ggml.token_type")
+    field.parts[field.data[300]][0] = 4  # in the file, which is mapped
+    assert cli(str(tmp_path / "gqa-f16.gguf"), "--out", str(tmp_path / "new")).returncode == 0
+    old, new = load_tokenizer(tmp_path / "gqa-f16.gguf"), load_tokenizer(tmp_path / "new")
+    text = f"a{old.processor.id_to_piece(300)}b"
+    assert new.encode(text) == old.encode(text) and 300 in old.encode(text)
+    assert new.decode(old.encode(text)) == old.decode(old.encode(text))
 
 
 def test_out_keeps_every_end_of_text(tmp_path):
