@@ -32,7 +32,8 @@ from support.weight_files import load_errors, locate
 
 END_OF_TEXT = (  # tokens that end a text or a turn by what they are called, as in llama.cpp
     "</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|end|>", "<end_of_turn>",
-    "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "<end_of_utterance>", "<｜end▁of▁sentence｜>",
+    "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "<end_of_utterance>", "<｜end▁of▁sentence｜>", "<|return|>",
+    "<|call|>", "<|calls|>", "<|flush|>",
 )  # fmt: skip
 SPECIAL = {  # special tokens by their names in a chat template -> the same in GGUF, where one is misspelt
     "bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",

@@ -154,7 +154,15 @@ def sentencepiece_gguf(path, *more):
     return path
 
 
+LLAMA_CPP = json.loads((GOLDEN / "llama_cpp.json").read_text(encoding="utf-8"))
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+
+
+@pytest.mark.parametrize("added, ends, ids", LLAMA_CPP["added"])
+def test_tokens_that_a_gguf_file_adds_give_the_ids_and_the_ends_of_llama_cpp(added, ends, ids, tmp_path):
+    tokenizer = load_tokenizer(sentencepiece_gguf(tmp_path / "x.gguf", *added))
+    assert tokenizer.eos_ids == {*ends}
+    assert [tokenizer.encode(text) for text in LLAMA_CPP["texts"]] == ids
 
 
 @pytest.mark.parametrize("kind", [NORMAL, CONTROL, USER_DEFINED])

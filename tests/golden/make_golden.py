@@ -1,7 +1,7 @@
 """
 Writes the checkpoints of this folder and the logits that `transformers` computes from them:
 
-    pip install transformers protobuf gguf tokenizers && python tests/golden/make_golden.py
+    pip install transformers protobuf gguf tokenizers llama-cpp-python && python tests/golden/make_golden.py
 
 Random weights are drawn under Meta's names; `transformers` gets them through the permutation of its own conversion script, so
 that nothing here shares a line with load_weights.py. The tokens are the first 8 ids of two sentences.
@@ -12,6 +12,7 @@ the logits of the last 8 of "llama3_tokens", 250 tokens. They were made with tra
 
 transformers.json is what transformers 5.24.0 makes of configurations: rotary frequencies, ends of text, and the ids of
 a folder that has both tokenizer.model and tokenizer.json (the same vocabulary, without what cuts and joins a text).
+llama_cpp.json is what llama-cpp-python 0.3.36 makes of tokens that a GGUF file adds to tokenizer.model.
 """
 
 import copy
@@ -270,6 +271,49 @@ def write_transformers_json():
     (HERE / "transformers.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+ADDED = [  # tokens after those of tokenizer.model, with their kinds
+    *([["<|im_start|>", CONTROL], ["<|im_end|>", kind]] for kind in (NORMAL, CONTROL, USER_DEFINED)),
+    *([["<|user|>", USER_DEFINED], ["\t\t", USER_DEFINED], ["<|end|>", kind]] for kind in (NORMAL, USER_DEFINED)),
+    [["▁▁▁▁", USER_DEFINED], ["   ", USER_DEFINED], ["<|im_start|>user", USER_DEFINED], ["<|im_start|>", USER_DEFINED]],
+    [["<end_of_turn>", NORMAL], ["<EOT>", USER_DEFINED], ["[EOT]", NORMAL], ["[EOS]", CONTROL], ["<eos>", USER_DEFINED]],
+    [["<|eot_id|>", NORMAL], ["<|eom_id|>", USER_DEFINED], ["<|end_of_text|>", NORMAL], ["<|endoftext|>", CONTROL]],
+]
+ADDED_TEXTS = [
+    "<|im_start|>user\nHi<|im_end|>\n", "<|user|>Paris is<|end|>", "a\t\tb \t\t c", "x    y       z", "<s>a</s> b",
+    " <|user|> <|user|>a", "Paris<|im_start|>user<|im_start|>", "a<|eot_id|>b", "<end_of_turn> x<EOT>y", "",
+]  # fmt: skip
+
+
+def write_llama_cpp_json():
+    """Lines of [added tokens, ends of text, the ids of each text]."""
+    import llama_cpp
+
+    sp, lines = sentencepiece.SentencePieceProcessor(model_file=str(HERE / "tokenizer.model")), []
+    for added in ADDED:
+        n = range(sp.vocab_size())
+        kinds = [2 * sp.is_unknown(i) or 3 * sp.is_control(i) or 6 * sp.is_byte(i) or 1 for i in n]
+        with tempfile.TemporaryDirectory() as folder:
+            writer = gguf.GGUFWriter(Path(folder) / "x.gguf", "llama")
+            writer.add_tokenizer_model("llama")
+            writer.add_token_list([sp.id_to_piece(i) for i in n] + [piece for piece, _ in added])
+            writer.add_token_scores([sp.get_score(i) for i in n] + [-1000.0] * len(added))
+            writer.add_token_types(kinds + [kind for _, kind in added])
+            writer.add_bos_token_id(1)
+            writer.add_eos_token_id(2)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.close()
+            model = llama_cpp.Llama(f"{folder}/x.gguf", vocab_only=True, verbose=False)
+        vocab = llama_cpp.llama_model_get_vocab(model.model)
+        ends = [i for i in range(model.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, i)]
+        ids = [model.tokenize(text.encode(), add_bos=True, special=True) for text in ADDED_TEXTS]
+        lines.append(json.dumps([added, ends, ids]))
+    lines = ",\n".join(lines)
+    text = f'{{"texts": {json.dumps(ADDED_TEXTS)},\n"added": [\n{lines}\n]}}\n'
+    (HERE / "llama_cpp.json").write_text(text, encoding="utf-8")
+
+
 def main():
     for path in HERE.iterdir():
         if path.is_dir():
@@ -380,6 +424,7 @@ def main():
             out["gqa-q8_0"] = logits(hugging_face_weights(seen, n_kv_heads), config(vocab_size, dtype, **sizes), tokens)
     save_file(out, HERE / "logits.safetensors")
     write_transformers_json()
+    write_llama_cpp_json()
 
 
 if __name__ == "__main__":
