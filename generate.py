@@ -150,6 +150,19 @@ def parse_args(argv):
     return options
 
 
+def read_prompts(options):
+    """The prompts on the command line; without any, what was piped in. Raises ValueError."""
+    prompts = options.prompt
+    if not prompts and not options.chat and from_first(common.piped):
+        prompts = ["-"]
+    elif prompts and "-" not in prompts and from_first(common.piped) == "pipe":
+        show.note('[standard input is not read: the prompt "-" reads it]')
+    found = [read_prompt(number, prompt) for number, prompt in enumerate(prompts, start=1)]
+    if prompts == ["-"] and not options.prompt and not found[0]:
+        return []  # an empty file, such as /dev/null
+    return found
+
+
 def read_prompt(number, prompt):
     """The text of prompt `number` on the command line; "-" is standard input. Raises ValueError."""
     text = prompt
@@ -196,7 +209,7 @@ def start(options, model, tokenizer, name, policy, prompts, cache=None):
 def main(argv=None):
     options = parse_args(argv)
     common.check_outputs(options.trace)
-    prompts = [read_prompt(number, prompt) for number, prompt in enumerate(options.prompt, start=1)]
+    prompts = read_prompts(options)
     ckpt = common.find_checkpoint(options.ckpt)
     tokenizer, model = load(ckpt, common.find_device(options.device), options.dtype)
     name, policy, settings = choose_policy(options, ckpt, model)

@@ -101,14 +101,13 @@ class FFNSkip:
             h = layer.add_attention(past_state, step)                   #     h <- past_state + attention(past_state)
             active = self.active(skip_state, full.shape)                #     if skip_state == False then
             temp = layer.add_feed_forward(h, step, active)              #         temp <- h + feed_forward(h)
-            sim_threshold = self.threshold(layer)
             sim_score = self.cosine(h, temp, layer, step, skip_state)   #         sim_score <- cosine(h, temp)
             for i, n in enumerate(skip_state):
                 if n > 0:                                               #             (section 3.2: greedily skip k)
                     skip_state[i] = n - 1
                     if n == 1 and not self.recheck:                     #             (the rest of it runs in full)
                         skip_state[i] = FULL
-                elif n == 0 and sim_score[i] >= sim_threshold:          #         if sim_score >= sim_threshold then
+                elif n == 0 and sim_score[i] >= self.threshold(layer):  #         if sim_score >= sim_threshold then
                     skip_state[i] = k                                   #             skip_state <- True
             past_state = temp                                           #         past_state <- temp
                                                                         #     else

@@ -97,7 +97,9 @@ def against_warm_up(figure, rows):
 
 def machine(row):
     """What a row of bench.py ran on; on a GPU no number of threads matters."""
-    return row["device"] if row["threads"] == "" else f"{row['threads']:g} threads of {row['device']}"
+    if row["threads"] == "":
+        return row["device"]
+    return f"{row['threads']:g} {'thread' if row['threads'] == 1 else 'threads'} of {row['device']}"
 
 
 def speed(figure, rows):
@@ -112,7 +114,7 @@ def speed(figure, rows):
             x, y, bound = zip(*map(itemgetter("ffn_skip_ratio", "speedup", "speedup_bound"), shown))
             axes.plot(x, y, "o", color=COLOURS[name], markersize=4, label=name)
         axes.plot(x, bound, color="black", linestyle="--", linewidth=1, label="bound by bytes")
-        title = "{model}\n{dtype}, {machine}\n{columns:g} columns of cache"
+        title = "{model}\n{dtype}, {machine}\na context of {columns:g} tokens"
         axes.set_title(title.format(**own[0], machine=machine(own[0])), fontsize=9)
         finish(axes, TITLES["ffn_skip_ratio"], "decoding speed over dense")
 
@@ -265,9 +267,7 @@ def print_speed(rows):
     """Print bench.py's rows as Markdown tables, one per run."""
     before = None
     for row in rows:
-        caption = "{model}: {dtype}, {machine} that read {read_gb_per_s:.0f} GB/s, "
-        caption += "{columns:g} columns of cache, commit {commit}, {versions}"
-        caption = caption.format(**row, machine=machine(row))
+        caption = "{model}: {dtype}, {machine}, a context of {columns:g} tokens".format(**row, machine=machine(row))
         if caption != before or row["variant"] == "dense":  # which comes first in every run
             print(f"{caption}:\n" if before is None else f"\n{caption}:\n")
             print_heading(["variant", "skipped", "tokens/s", "speed-up", "bound by bytes", "of the saving"])

@@ -57,17 +57,20 @@ class Squares:
     """
     The last state (1, 1, dim) that was asked for, in float32, and the sum of its squares. Two norms and the cosine
     between them need the same two sums; so monitoring a layer costs one dot product and not three. It tells states
-    apart by identity: a policy must make new states, and change none in place.
+    apart by identity: a policy must make new states, and change none in place. That is verified at some tokens.
     """
 
     def __init__(self):
-        self.state, self.state32, self.square, self.zeros = None, None, None, None
+        self.state, self.state32, self.square, self.zeros, self.verifies = None, None, None, None, False
 
     def of(self, state):
-        """(the state in float32, (dim,); the sum of its squares)"""
-        if state is not self.state:
-            self.state, self.state32 = state, state.view(-1).float()
-            self.square = torch.dot(self.state32, self.state32).item()
+        """(the state in float32, (dim,); the sum of its squares). ValueError if the state was changed since."""
+        if state is not self.state or self.verifies:
+            state32 = state.view(-1).float()
+            square = torch.dot(state32, state32).item()
+            if state is self.state and square != self.square and square == square:  # it is not NaN
+                raise ValueError("the policy changed a state in place: it must make a new one, as x = x + y does")
+            self.state, self.state32, self.square = state, state32, square
         return self.state32, self.square
 
     def norm(self, state, weight, eps):
@@ -151,6 +154,7 @@ def multiply(x, weight):
 
 
 kept = WeakKeyDictionary()  # {KVCache: its Layers}
+VERIFY = 8  # a token of so many is verified to be changed nowhere in place
 
 
 def faster(layers, cache):
@@ -160,6 +164,7 @@ def faster(layers, cache):
     """
     found = kept.get(cache)
     if found is not None and found[0].layer is layers[0]:
+        found[0].squares.verifies = cache.length % VERIFY == 0
         return found
     if type(cache) is not model.KVCache or "write" in vars(cache) or not all(map(is_plain, layers)):
         return layers
@@ -207,10 +212,12 @@ class Attention(model.Attention):
 def needs_no_mask(step, x):
     """
     True if each token of x, (batch, seq, dim), sees all columns up to its own, and the kernel knows: of one token, or
-    of a text from its beginning. On CUDA the second would be cuDNN's kernel, whose bits vary.
+    of a text from its beginning. On CUDA the second would be cuDNN's kernel, whose bits vary. On a Mac's GPU neither
+    is sure: PyTorch 2.8 to 2.11 are reported to give wrong numbers without a mask (pytorch/pytorch#169222, #174861).
     """
-    from_the_start = step.cache.length == 0 and not x.is_cuda
-    return (x.size(1) == 1 or from_the_start) and not step.cache.pad.any()
+    one = x.size(1) == 1 and x.device.type in ("cpu", "cuda")
+    from_the_start = step.cache.length == 0 and x.device.type == "cpu"
+    return (one or from_the_start) and not step.cache.pad.any()
 
 
 KNOWN |= {RMSNorm, Attention}

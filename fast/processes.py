@@ -27,7 +27,9 @@ def together(allowed):
     of those that fail the one of the lowest rank says why. Raises ValueError if the program is not `allowed` to run so,
     or if the processes may round differently.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # a batch system's or an earlier shell's, which nobody here meant
+            print("[WORLD_SIZE is set, but torchrun did not start this program: it runs alone]", file=sys.stderr)
         yield
         return
     join()

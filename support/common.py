@@ -9,6 +9,8 @@ import json
 import math
 import os
 import re
+import select
+import stat
 import sys
 import traceback
 from os.path import commonprefix
@@ -47,6 +49,8 @@ def run_command(main, torchrun=False):
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal or file that cannot show a character gets a ? for it
+    if hasattr(sys.stdin, "reconfigure") and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8-sig")  # as files are read; the code page is for people who type
     try:
         with together(allowed=torchrun):
             sys.exit(main())
@@ -339,3 +343,14 @@ def peak_memory(device):
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def piped():
+    """What waits on standard input where nobody named it: the kind of file that it comes from; "" if nothing does."""
+    try:
+        kind = os.fstat(sys.stdin.fileno()).st_mode
+        if not (stat.S_ISFIFO(kind) or stat.S_ISREG(kind)) or not select.select([sys.stdin], [], [], 0)[0]:
+            return ""
+        return "pipe" if stat.S_ISFIFO(kind) else "file"
+    except (OSError, ValueError, AttributeError):  # closed, not a file, or Windows, where only sockets can be asked
+        return ""

@@ -6,6 +6,7 @@ process, by main([...]); those in which the terminal, a signal or the exit statu
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -16,7 +17,7 @@ import torch
 from test_golden import GOLDEN
 from tiny import mistake, start
 
-from generate import generate, main
+from generate import QUESTION, generate, main
 from load_weights import load_model, load_tokenizer
 from support.show import Generation
 
@@ -66,6 +67,25 @@ def test_prompts_come_from_arguments_and_standard_input_as_one_batch(run, report
     assert out["prompt_tokens"] == [one["prompt_tokens"] for one in alone] and len(out["text"]) == 3
     printed = run("--max-new-tokens", "5", "Once upon", "The quick").out
     assert printed.startswith("> Once upon\n") and "\n> The quick\n" in printed
+
+
+@pytest.mark.parametrize("words, said", [([], ""), (["-"], ""), (["Tom"], "[standard input is not read: ")])
+def test_what_is_piped_in_is_the_prompt_or_is_named(words, said):
+    """UTF-8, whatever the code page of the terminal; and a prompt beside it is told that it is not read."""
+    args = ["--ckpt", CKPT, "--json", "--max-new-tokens", "2", *words]
+    env = dict(PYTHONIOENCODING="cp1252")
+    process = start("generate.py", *args, stdin=-1, stdout=-1, stderr=-1, env=env)
+    out, err = process.communicate("\ufeffOù est le café ?\n".encode())
+    expected = load_tokenizer(CKPT).encode(words[0] if said else "Où est le café ?")
+    assert json.loads(out)["prompt_tokens"] == len(expected) and err.decode().startswith(said or "[no skip settings")
+
+
+def test_nothing_piped_in_is_no_prompt(tmp_path, report):
+    (tmp_path / "empty").touch()
+    for stdin in open(os.devnull), open(tmp_path / "empty"):
+        args = ["--ckpt", CKPT, "--json", "--max-new-tokens", 1]
+        process = start("generate.py", *args, stdin=stdin, stdout=-1, stderr=-1)
+        assert json.loads(process.communicate()[0])["prompt_tokens"] == len(load_tokenizer(CKPT).encode(QUESTION))
 
 
 def test_an_empty_prompt_is_the_start_of_a_text_where_the_tokenizer_has_a_token_for_it(report):

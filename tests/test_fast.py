@@ -5,6 +5,7 @@ a GPU is in test_graphs.py.
 
 import copy
 import math
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -151,3 +152,34 @@ def test_one_row_of_several_processes_has_vectors_too():
     assert one_row.is_plain(model.layers[0])
     model.layers[0].feed_forward.register_forward_hook(lambda module, inputs, out: out)
     assert not one_row.is_plain(model.layers[0])
+
+
+def test_a_mask_is_left_out_only_where_the_kernel_is_known_to_be_right():
+    """On a Mac's GPU, which is simulated here by the device's name, there always is one."""
+    def needs_no_mask(device, seq, length=0, pad=0):
+        cache = SimpleNamespace(length=length, pad=torch.tensor([pad]))
+        x = SimpleNamespace(size=lambda dim: seq, device=SimpleNamespace(type=device))
+        return one_row.needs_no_mask(SimpleNamespace(cache=cache), x)
+
+    assert needs_no_mask("cpu", 1, length=5) and needs_no_mask("cuda", 1, length=5) and needs_no_mask("cpu", 7)
+    assert not needs_no_mask("cpu", 7, length=5) and not needs_no_mask("cuda", 7) and not needs_no_mask("cpu", 7, pad=1)
+    assert not needs_no_mask("mps", 1, length=5) and not needs_no_mask("mps", 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_policy_that_changes_a_state_in_place_is_told_so(dtype):
+    """Its norm would be that of the state before; model.py's own layers compute every norm anew."""
+    model = accelerate(tiny_model(dtype=dtype))
+
+    def in_place(layers, x, step):
+        for layer in layers:
+            h = layer.add_attention(x, step)
+            temp = layer.add_feed_forward(h, step)
+            layer.cosine(h, temp)
+            x = temp.mul_(0.5)
+        return x
+
+    cache = new_cache(model, 1)
+    with pytest.raises(ValueError, match="the policy changed a state in place"):
+        for token in random_ids(1 + one_row.VERIFY):
+            model(torch.tensor([[token]]), cache, in_place)

@@ -137,6 +137,14 @@ def test_two_processes_do_what_one_does_and_end_when_one_fails(tmp_path, capsys)
     assert len((tmp_path / "cosines.csv").read_text().splitlines()) == settings["tokens"]
 
 
+def test_sizes_left_over_by_a_batch_system_do_not_make_it_wait():
+    """WORLD_SIZE alone, as in a pod or a SLURM script, starts nobody: only torchrun has started others."""
+    env = os.environ | dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29999", OMP_NUM_THREADS="1")
+    command = [sys.executable, HERE.parent / "generate.py", *map(str, FLAGS), "--max-new-tokens", "1", "Once"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 0 and done.stderr.startswith("[WORLD_SIZE is set, but torchrun did not start this")
+
+
 def test_three_processes_do_what_one_does_and_end_when_interrupted(tmp_path):
     """6 heads, 3 key-value heads, width 96, in three layouts; Meta's has two files, across which the shares lie."""
     paths = write_checkpoints(tmp_path)

@@ -167,14 +167,14 @@ def test_the_results_show_all_that_is_printed_of_the_authors_logs(capsys, monkey
 
 def test_speeds_are_a_table_of_the_models_of_that_name(folder, capsys):
     assert printed(capsys, folder / "b.csv", "7b") == [
-        "Some-7B: bfloat16, 2 threads of CPU that read 41 GB/s, 148 columns of cache, commit abc, torch 2:",
+        "Some-7B: bfloat16, 2 threads of CPU, a context of 148 tokens:",
         "",
         "| variant | skipped | tokens/s | speed-up | bound by bytes | of the saving |",
         "| --- | --- | --- | --- | --- | --- |",
         "| dense | 0% | 11.3 | 1.00 | 1.00 |  |",
         "| ffnskip | 30% | 13.7 | 1.20 | 1.21 | 100% |",
         "",
-        "Some-7B: bfloat16, 2 threads of Other that read 41 GB/s, 148 columns of cache, commit abc, torch 2:",
+        "Some-7B: bfloat16, 2 threads of Other, a context of 148 tokens:",
         "",
         "| variant | skipped | tokens/s | speed-up | bound by bytes | of the saving |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -314,7 +314,7 @@ def test_speed_is_drawn_for_each_model_with_the_bound(monkeypatch, folder):
     figure = figure_of(monkeypatch, folder / "b.csv")
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == [
-        "Some-7B\nbfloat16, 2 threads of CPU\n148 columns of cache", "other\nbfloat16, GPU\n148 columns of cache"
+        "Some-7B\nbfloat16, 2 threads of CPU\na context of 148 tokens", "other\nbfloat16, GPU\na context of 148 tokens"
     ]  # fmt: skip
     curves = curves_of(figure.axes[0])
     assert curves["ffnskip"] == [(0, 1), (0.3, 1.2047)] and curves["bound by bytes"] == [(0, 1), (0.3, 1.213)]
