@@ -228,10 +228,7 @@ def meta_args(config, params):
             multiple = check_number("multiple_of", params.get("multiple_of") or 256, 2**20, whole=True)
             hidden_dim = int(multiplier * int(2 * (4 * check_number("dim", sizes["dim"], 2**20, whole=True)) / 3))
             sizes["hidden_dim"] = (hidden_dim + multiple - 1) // multiple * multiple
-        factors = sizes.get("freq_factors", [])
-        if not isinstance(factors, list):
-            raise ValueError(f"'freq_factors' is {factors!r:.40}, expected a list of numbers")
-        for factor in factors:
+        for factor in sizes.get("freq_factors", ()):
             check_number("freq_factors", factor)
         args = model_args(**sizes)
         if params.get("use_scaled_rope") and args.freq_factors is None:
@@ -325,11 +322,8 @@ SIZES = {  # of ModelArgs -> the same in a config.json
     "max_seq_len": "max_position_embeddings",
 }  # fmt: skip
 DEFAULTS = {  # model_type -> what transformers takes where config.json does not say it
-    "llama": dict(rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=2048),
-    "mistral": dict(
-        rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=131072, num_key_value_heads=8,
-        sliding_window=4096,
-    ),
+    "llama": dict(max_position_embeddings=2048),
+    "mistral": dict(num_key_value_heads=8, sliding_window=4096, max_position_embeddings=131072),
 }
 
 
@@ -339,7 +333,7 @@ def hugging_face_args(file):
     if str(config.get("model_type")) not in DEFAULTS:
         known = " and ".join(DEFAULTS)
         raise LoadError(f"{file}: model_type {config.get('model_type')!r} is not supported, only {known}: {ADVICE}")
-    config = DEFAULTS[config["model_type"]] | config
+    config = dict(rms_norm_eps=1e-6, rope_theta=10000.0) | DEFAULTS[config["model_type"]] | config
     for option, advice in UNSUPPORTED.items():
         if config.get(option):
             raise LoadError(f"{file}: {option} is not supported: {advice}")
@@ -360,7 +354,8 @@ def hugging_face_args(file):
         args = model_args(SIZES, tie_word_embeddings=bool(config.get("tie_word_embeddings")), **sizes)
         if kind == "llama3":
             original = "original_max_position_embeddings"  # which counts before the same beside the factor
-            rope = {original: args.max_seq_len} | rope | {key: config[key] for key in [original] if key in config}
+            rope = {original: args.max_seq_len} | rope
+            rope[original] = config.get(original, rope[original])
             keys = "factor", "low_freq_factor", "high_freq_factor", original
             args.freq_factors = llama3_factors(args, *(check_number(key, rope.get(key)) for key in keys))
     return args
