@@ -111,8 +111,8 @@ class Step:
     positions: torch.Tensor  # (batch, seq) on the host, where it is read without waiting for a GPU; 0 in padding
     token_index: torch.Tensor  # (batch, seq) on the host: position - prompt_len, negative in the prompt and in padding
     freqs_cis: torch.Tensor  # (batch, seq, 1, head_dim / 2), the rotary factors of the positions
-    mask: torch.Tensor  # bool (batch, 1, seq, columns): which columns each token sees
-    trace: object  # a skip.Trace, or None
+    mask: torch.Tensor | None  # bool (batch, 1, seq, columns): what each token sees; None: all up to its own column
+    trace: object  # a support.tracing.Trace, or None
     logits: object  # x (batch, seq, dim) -> fp32 logits (batch, seq, vocab): the model's final norm and head
 
 
@@ -225,7 +225,7 @@ class Transformer(nn.Module):
         policy      policy(layers, x, step) -> x; None: dense
         prompt_len  int or (batch,): positions below it are prompt; generated tokens count from 0 after it
         pad         (batch,) columns of left padding; given with the first tokens, and kept in the cache
-        trace       a skip.Trace that records which feed-forward blocks ran
+        trace       a support.tracing.Trace that records which feed-forward blocks ran
         """
         weight = self.tok_embeddings.weight
         if cache is None:

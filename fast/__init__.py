@@ -3,7 +3,8 @@ Speed, and nothing else: model.py needs nothing of this folder, and gives the sa
 
     model = accelerate(model)      what load_weights.load_model does last; plain(model) undoes it
 
-A policy walks over layers, so speed is other layers for the same policy, with the same methods:
+A policy walks over layers, so speed is other layers for the same policy, with the same methods and layer_id (but they
+are other objects, and no modules; states inside a walk are inference tensors):
 
 one_row.py   a layer for one row on a CPU: vectors for (1, 1, dim), no modules, and the product that is fastest there
 graphs.py    a layer for one token per row on a GPU: each half recorded once, and replayed with one call
@@ -25,7 +26,7 @@ class Transformer(plain_model.Transformer):
             graphs = getattr(step.cache, "graphs", None)
             if graphs and graphs.replays(self, step):
                 layers = graphs.begin(step)
-            elif one_row.way:
+            elif one_row.way():
                 layers = one_row.faster(layers, step.cache)
             if one_row.needs_no_mask(step, x):
                 step.mask = None
@@ -42,7 +43,7 @@ class Transformer(plain_model.Transformer):
         row, head = one_row.as_row(x), self.output or self.tok_embeddings
         if row.dim() > 1 or not (one_row.is_plain(self.norm) and one_row.is_plain(head)):
             return super().logits(x)
-        normed = one_row.Squares().norm(row, self.norm.weight.float(), self.norm.eps)
+        normed = one_row.Squares().norm(row, self.norm.weight, self.norm.eps)
         return one_row.linear(normed, head.weight).view(1, 1, -1).float()  # (576,) -> (49152,) -> (1, 1, 49152)
 
 

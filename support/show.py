@@ -251,7 +251,7 @@ def summary(report):
     tokens = report["new_tokens"] if isinstance(report["new_tokens"], int) else sum(report["new_tokens"])
     line = f"{report['policy']}: {tokens} tokens, {number(report['decode_tokens_per_s'])} tokens/s"
     skipped, saved = report["ffn_skip_ratio"], number(report["ffn_saved_ratio"], "{:.1%}")
-    if skipped == 0:
+    if skipped == 0 and not report["planned_skip_ratio"]:
         return f"[{line}]"
     if skipped is None:
         return f"[{line}, no FFN block skipped: no token is past the warm-up]"

@@ -4,18 +4,21 @@ a GPU is in test_graphs.py.
 """
 
 import copy
+import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn as nn
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import close, models, new_cache, random_ids, tiny_model
 
 from fast import accelerate, one_row, parallel, plain
-from model import KVCache, Transformer
+from model import Block, FeedForward, KVCache, Transformer, dense
 from policies.baselines import POLICIES
 from policies.standins import StandIns, ready
 from skip import FFNSkip
@@ -101,7 +104,8 @@ def test_monitoring_a_layer_costs_one_dot_product():
     monitor, calls = FFNSkip(0, 4, 1.0005, warm_up_index=-1), []
     for policy in None, monitor:
         cache = new_cache(model, 1)
-        model(torch.tensor([[1, 2]]), cache)
+        for part in [1, 2], [3]:
+            model(torch.tensor([part]), cache)
         with mock.patch.object(torch, "dot", side_effect=torch.dot) as dot:
             model(torch.tensor([[3]]), cache, policy)
         calls.append(dot.call_count)
@@ -183,3 +187,87 @@ def test_a_policy_that_changes_a_state_in_place_is_told_so(dtype):
     with pytest.raises(ValueError, match="the policy changed a state in place"):
         for token in random_ids(1 + one_row.VERIFY):
             model(torch.tensor([[token]]), cache, in_place)
+
+
+CHANGES = {  # of model.py itself, as a fork has them, and of a model before its first row
+    "SwiGLU": lambda model: mock.patch.object(FeedForward, "forward", lambda self, x: self.w2(self.w1(x).relu())),
+    "add_attention": lambda model: mock.patch.object(Block, "add_attention", lambda self, x, step, active=None: 2 * x),
+    "cosine": lambda model: mock.patch.object(Block, "cosine", lambda self, h, temp: [1.0] * h[..., 0].numel()),
+    "bias": lambda model: mock.patch.object(model.layers[1].feed_forward.w2, "bias", nn.Parameter(torch.ones(16))),
+    "eps": lambda model: mock.patch.object(model.layers[2].attention_norm, "eps", 0.5),
+    "global hook": lambda model: nn.modules.module.register_module_forward_hook(lambda module, inputs, out: 2 * out),
+    "method": lambda model: mock.patch.object(model.layers[3], "add_feed_forward", lambda h, step, active=None: h / 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_somebody_has_changed_decodes_as_it_stands(change, capsys):
+    """Whoever forks changes model.py, and must not see the old one decode."""
+    model = accelerate(tiny_model(seed=7))
+    policy = FFNSkip(0, 4, 0.9, warm_up_index=-1, k=1)
+    before = decode(model, random_ids(9), policy, prompt_len=3)[0]
+    compared = dict(one_row.compared)
+    one_row.compared.clear()
+    with CHANGES[change](model):
+        logits, _, trace = decode(model, random_ids(9), policy, prompt_len=3)
+        expected, _, plain_trace = decode(plain(model), random_ids(9), policy, prompt_len=3)
+    accelerate(model)
+    one_row.compared.update(compared)
+    assert close(logits, expected) and torch.equal(trace.ran, plain_trace.ran) and not close(logits, before)
+
+
+def test_weights_that_are_changed_in_place_count_at_once():
+    """Also those of which a Layer has a copy, the norms of a 16-bit model."""
+    model = accelerate(tiny_model(dtype=torch.bfloat16))
+    cache, other = new_cache(model, 1), new_cache(model, 1)
+    for each in cache, other:
+        model(torch.tensor([[1]]), each)
+    for layer in model.layers:
+        layer.attention_norm.weight.data.mul_(3)
+        layer.ffn_norm.weight.data.mul_(0.2)
+    fast = model(torch.tensor([[2]]), cache)
+    assert close(fast, plain(model)(torch.tensor([[2]]), other), 0.05)
+
+
+def test_a_draft_of_the_first_layers_shares_the_cache_of_the_whole_model():
+    """As self-speculation has it: each walks its own layers, whoever came first."""
+    model = accelerate(tiny_model())
+    draft = accelerate(copy.deepcopy(model))
+    draft.layers = model.layers[:2]
+    for first, second in (model, draft), (draft, model):
+        cache, other = new_cache(model, 1), new_cache(model, 1)
+        for each in cache, other:
+            first(torch.tensor([[1]]), each)
+        fast = second(torch.tensor([[2]]), cache)
+        assert close(fast, plain(second)(torch.tensor([[2]]), other))
+        accelerate(second)
+
+
+def test_a_step_with_another_cache_leaves_the_real_one_alone():
+    """A policy that looks ahead on a copy."""
+    model = accelerate(tiny_model())
+
+    def look_ahead(layers, x, step):
+        ahead = dataclasses.replace(step, cache=copy.deepcopy(step.cache))
+        dense(layers, x + 1, ahead)
+        return dense(layers, x, step)
+
+    cache, other = new_cache(model, 1), new_cache(model, 1)
+    for token in random_ids(4):
+        logits = model(torch.tensor([[token]]), cache, look_ahead)
+        assert torch.equal(logits, model(torch.tensor([[token]]), other)) and torch.equal(cache.k, other.k)
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_threads_do_not_disturb_each_other(amx, monkeypatch):
+    """Each with a cache of its own, on either kind of CPU; and PyTorch is left as it was."""
+    monkeypatch.setattr(one_row, "AMX", amx)
+    monkeypatch.setattr(one_row, "AVX512_BF16", True)
+    model = accelerate(tiny_model(n_heads=4, n_kv_heads=4, dtype=torch.bfloat16))
+    texts = [random_ids(24, seed) for seed in range(4)]
+    alone = [decode(model, ids, None, prompt_len=2)[0] for ids in texts]
+    enabled = torch.backends.mkldnn.enabled
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda ids: decode(model, ids, None, prompt_len=2)[0], texts))
+    assert all(close(a, b, 0.02) for a, b in zip(together, alone))
+    assert one_row.way() is None and torch.backends.mkldnn.enabled == enabled
