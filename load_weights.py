@@ -39,7 +39,17 @@ from support.checkpoint_report import describe, save
 from support.common import LoadError
 from support.gguf_file import ADVICE, read_gguf
 from support.tokenizer import load_tokenizer
-from support.weight_files import check_tensor, load_errors, locate, model_args, read_shards, weight_sets
+from support.weight_files import (
+    MERGE,
+    check_layers,
+    check_number,
+    check_tensor,
+    load_errors,
+    locate,
+    model_args,
+    read_shards,
+    weight_sets,
+)
 
 
 def load_model(path, device="cpu", dtype=None):
@@ -51,13 +61,17 @@ def load_model(path, device="cpu", dtype=None):
     args, names, read = read_checkpoint(path)
     model = parallel.connect(empty_model(parallel.local(args)))
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    weights = {}
+    weights, stored, asked = {}, set(), dtype
     for name, shape in common.progress(expected.items(), "weights"):
         with load_errors(path):
             tensor = read(name, dtype)
             check_tensor(path, name, tensor, shape)
+            stored.add(str(tensor.dtype).removeprefix("torch."))
             dtype = dtype or tensor.dtype  # of the embedding, which comes first
             weights[name] = tensor.to(device, dtype)  # the mapped tensor itself, where nothing about it changes
+    if asked is None and len(stored) > 1:
+        kinds, own = " and ".join(sorted(stored)), str(dtype).removeprefix("torch.")
+        note(f"[{path}: holds tensors in {kinds}: all are read in {own}, the embedding's; --dtype chooses another]")
     model.load_state_dict(weights, strict=True, assign=True)
     return accelerate(model.eval().requires_grad_(False))
 
@@ -95,6 +109,8 @@ def read_checkpoint(path):
         others = [other for other in sets if other != name and other not in errors]
         if others:
             note(f"[{source}: reads {name}, and not {', '.join(others)}]")
+        if (source / "adapter_config.json").exists():
+            note(f"[{source}: reads {name}, and not the adapter beside it]")
         return checkpoint
     for error in errors.values():
         raise error
@@ -178,7 +194,8 @@ def read_meta(config, files, shards):
         n_files = args.n_heads * args.head_dim // wq.size(0)
         there = f"{len(files)} of {n_files} files consolidated.*.pth are there"
         raise LoadError(f"{config.parent}: {there}: the download is not complete")
-    if params.get("vocab_size", -1) < 1 and embedding in shards[0]:  # -1 in LLaMA-2's: as many as the tokenizer has
+    check_layers(config, "n_layers", args.n_layers, set().union(*shards))
+    if params.get("vocab_size", -1) == -1 and embedding in shards[0]:  # in LLaMA-2's: as many as the tokenizer has
         args.vocab_size = shards[0][embedding].size(0)
         if split_dim(embedding, shards[0], args) == 0:
             args.vocab_size *= len(shards)
@@ -200,20 +217,26 @@ def meta_args(config, params):
     """The ModelArgs that params.json means. Raises LoadError for what model.py does not compute."""
     if params.get("moe") or "quantization_args" in params:
         raise LoadError(f"{config}: mixture of experts and quantised weights are not supported: {ADVICE}")
-    sizes = {key: params[key] for key in ModelArgs.__dataclass_fields__ if params.get(key) is not None}
+    sizes = dict.fromkeys(["dim", "n_layers", "n_heads"])  # whatever else is not said has a default, as in Meta's code
+    for key in ModelArgs.__dataclass_fields__:
+        if params.get(key) is not None and (key, params[key]) != ("vocab_size", -1):
+            sizes[key] = params[key]
     with load_errors(config):
         if "hidden_dim" not in sizes:
             # two thirds of 4 * dim, since SwiGLU has three matrices and not two; rounded up: 11008 for LLaMA-2-7B
-            hidden_dim = int((params.get("ffn_dim_multiplier") or 1) * int(2 * (4 * sizes.get("dim", 4096)) / 3))
-            multiple = params.get("multiple_of") or 256
+            multiplier = check_number("ffn_dim_multiplier", params.get("ffn_dim_multiplier") or 1, 2**10)
+            multiple = check_number("multiple_of", params.get("multiple_of") or 256, 2**20, whole=True)
+            hidden_dim = int(multiplier * int(2 * (4 * check_number("dim", sizes["dim"], 2**20, whole=True)) / 3))
             sizes["hidden_dim"] = (hidden_dim + multiple - 1) // multiple * multiple
+        for factor in sizes.get("freq_factors", ()):
+            check_number("freq_factors", factor)
         args = model_args(**sizes)
         if params.get("use_scaled_rope") and args.freq_factors is None:
             factor = params.get("rope_scaling_factor")
             if factor is None:
                 note(f"[{config}: use_scaled_rope says no factor: 8, as in Llama-3.1; Llama-3.2 has 32, which "
                      'params.json says with "rope_scaling_factor": 32]')
-            args.freq_factors = llama3_factors(args, factor or 8, 1, 4, 8192)
+            args.freq_factors = llama3_factors(args, check_number("rope_scaling_factor", factor or 8), 1, 4, 8192)
     return args
 
 
@@ -244,10 +267,15 @@ def read_hugging_face(config, files, shards):
     """Hugging Face's layout: config.json with safetensors or pytorch_model*.bin, in one file or in shards."""
     args = hugging_face_args(config)
     heads = {"attention.wq.weight": args.n_heads, "attention.wk.weight": args.n_kv_heads}
-    tensors = {}
+    tensors, others = {}, []
     for file, shard in zip(files, shards):
         for name, tensor in shard.items():
             layer, rest = re.fullmatch(r"(?:model\.(layers\.\d+\.))?(.*)", name).groups(default="")
+            if not name.startswith(("model.", "lm_head.", "base_model.")):  # a head that a trainer has added
+                others.append(name)
+                continue
+            if "lora_" in name:
+                raise LoadError(f"{file}: tensor {name} is an adapter's: {MERGE} its model")
             if rest not in HUGGING_FACE:
                 raise LoadError(f"{file}: tensor {name} belongs to no LLaMA: {ADVICE}")
             rest = HUGGING_FACE[rest]
@@ -256,6 +284,9 @@ def read_hugging_face(config, files, shards):
             if rest in heads:
                 check_tensor(file, name, tensor, (heads[rest] * args.head_dim, args.dim))
             tensors[layer + rest] = tensor
+    if others:
+        note(f"[{config.parent}: beside the model, and not read: {', '.join(others[:3])}{', ...' * (len(others) > 3)}]")
+    check_layers(config, "num_hidden_layers", args.n_layers, tensors)
     args.tie_word_embeddings = tie(tensors, args.tie_word_embeddings)
 
     def read(name, dtype):
@@ -284,6 +315,12 @@ UNSUPPORTED = {  # what a config.json asks for -> what to do
     "sliding_window": "with null for it, and with its value for max_position_embeddings, the model is the same",
     "num_local_experts": ADVICE, "num_experts": ADVICE, "attention_bias": ADVICE, "mlp_bias": ADVICE,
 }  # fmt: skip
+SIZES = {  # of ModelArgs -> the same in a config.json
+    "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads", "vocab_size": "vocab_size", "hidden_dim": "intermediate_size",
+    "head_dim": "head_dim", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
+    "max_seq_len": "max_position_embeddings",
+}  # fmt: skip
 DEFAULTS = {  # model_type -> what transformers takes where config.json does not say it
     "llama": dict(max_position_embeddings=2048),
     "mistral": dict(num_key_value_heads=8, sliding_window=4096, max_position_embeddings=131072),
@@ -293,38 +330,34 @@ DEFAULTS = {  # model_type -> what transformers takes where config.json does not
 def hugging_face_args(file):
     """The ModelArgs that a config.json means. Raises LoadError for what model.py does not compute."""
     config = common.read_json(file)
-    if config.get("model_type") not in DEFAULTS:
+    if str(config.get("model_type")) not in DEFAULTS:
         known = " and ".join(DEFAULTS)
         raise LoadError(f"{file}: model_type {config.get('model_type')!r} is not supported, only {known}: {ADVICE}")
-    config = DEFAULTS[config["model_type"]] | config
+    config = dict(rms_norm_eps=1e-6, rope_theta=10000.0) | DEFAULTS[config["model_type"]] | config
     for option, advice in UNSUPPORTED.items():
         if config.get(option):
             raise LoadError(f"{file}: {option} is not supported: {advice}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "llama3"):
-        raise LoadError(f"{file}: rope scaling {kind!r} is not supported, only 'llama3': {ADVICE}")
-    for option, fine in ("hidden_act", "silu"), ("partial_rotary_factor", 1):
-        if (config | rope).get(option, fine) != fine:
-            raise LoadError(f"{file}: {option} {(config | rope)[option]!r} is not supported, only {fine!r}: {ADVICE}")
     with load_errors(file):
-        args = model_args(
-            dim=config["hidden_size"],
-            n_layers=config["num_hidden_layers"],
-            n_heads=config["num_attention_heads"],
-            n_kv_heads=config.get("num_key_value_heads"),
-            vocab_size=config["vocab_size"],
-            hidden_dim=config["intermediate_size"],
-            head_dim=config.get("head_dim"),
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-            max_seq_len=config["max_position_embeddings"],
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-        )
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # one of the two, as in transformers
+        if not isinstance(rope, dict) or any(isinstance(part, dict) for part in rope.values()):
+            raise ValueError(f"rope_scaling or rope_parameters is {rope!r:.40}, expected one object for all layers")
+        config |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind in ("linear", "dynamic") and rope.get("factor") == 1:  # which changes nothing
+            kind = "default"
+        if kind not in ("default", "llama3"):
+            raise LoadError(f"{file}: rope scaling {kind!r} is not supported, only 'llama3': {ADVICE}")
+        for option, fine in ("hidden_act", "silu"), ("partial_rotary_factor", 1):
+            if config.get(option, fine) != fine:
+                raise LoadError(f"{file}: {option} {config[option]!r} is not supported, only {fine!r}: {ADVICE}")
+        sizes = {size: config.get(key) for size, key in SIZES.items()}
+        args = model_args(SIZES, tie_word_embeddings=bool(config.get("tie_word_embeddings")), **sizes)
         if kind == "llama3":
-            original = rope.get("original_max_position_embeddings", args.max_seq_len)
-            numbers = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], original
-            args.freq_factors = llama3_factors(args, *numbers)
+            original = "original_max_position_embeddings"  # which counts before the same beside the factor
+            rope = {original: args.max_seq_len} | rope
+            rope[original] = config.get(original, rope[original])
+            keys = "factor", "low_freq_factor", "high_freq_factor", original
+            args.freq_factors = llama3_factors(args, *(check_number(key, rope.get(key)) for key in keys))
     return args
 
 

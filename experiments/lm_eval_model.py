@@ -64,7 +64,7 @@ class SkipLM(TemplateLM):
                     ids = torch.tensor(requests[i][2][-len(text) :], device=device)
                     log_p = self.model.logits(state[-len(ids) :]).log_softmax(-1)  # (continuation, vocab)
                     common.check_finite(log_p)
-                    likelihood = log_p.gather(1, ids[:, None]).double().sum().item()
+                    likelihood = log_p.gather(1, ids[:, None]).cpu().double().sum().item()
                     answers[i] = likelihood, bool((log_p.argmax(-1) == ids).all())
         return answers
 

@@ -132,7 +132,7 @@ def perplexity(model, tokenizer, policy, text, context):
     generated, past, counts, missing, read = [], [], [], 0, 0
     found = compare_with_dense(model, windows, policy, context.reference, context.decode, context.label)
     for score, trace, cache in found:
-        score = score[:, begin:].double()  # of the predictions by generated tokens
+        score = score[:, begin:].cpu().double()  # of the predictions by generated tokens
         generated.append(score[0].mean().item())
         past.append(score[:, context.first :].mean(1).tolist())
         counts.append(count_blocks(trace.ran, trace.token_index, policy, context))

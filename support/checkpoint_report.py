@@ -57,7 +57,7 @@ def save(model, tokenizer, path, folder):
         raise LoadError(f"{folder / 'model.safetensors'}: exists already, and is not overwritten")
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
     write_json(folder / "params.json", asdict(model.args))
-    # config.json, which may name more ends of text, is not copied
+    # config.json, which may name other ends of text, is not copied
     write_json(folder / "generation_config.json", dict(eos_token_id=sorted(tokenizer.eos_ids)))
     source = locate(path)
     if source.is_dir():
@@ -70,6 +70,7 @@ def save(model, tokenizer, path, folder):
     elif isinstance(tokenizer, SentencePieceTokenizer):
         (folder / "tokenizer.model").write_bytes(tokenizer.proto)
         config = dict(tokenizer.special, add_bos_token=bool(tokenizer.add_bos), chat_template=tokenizer.template)
+        config["added_tokens_decoder"] = tokenizer.stated
     else:
         tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
         config = dict(tokenizer.special, chat_template=tokenizer.template)

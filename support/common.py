@@ -23,6 +23,10 @@ from fast.processes import together
 HERE = Path(__file__).resolve().parent.parent  # the repository
 DEMO = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = ["float32", "bfloat16", "float16"]
+FOREIGN = {  # the first bytes of what is often found under a file's name -> what it is
+    b"version https://git-lfs": "a Git LFS pointer and not the file itself: git lfs pull fetches it",
+    b"<": "a web page and not the file itself: download it again",
+}
 policy_files = set()  # that were opened, to say where in them a mistake is
 
 
@@ -85,8 +89,8 @@ def read_json(file):
     """The JSON object in a file. Raises LoadError."""
     try:
         value = json.loads(read_utf8(file))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{file}: not a JSON file ({first_line(error)})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadError(f"{file}: not a JSON file ({foreign(file) or first_line(error)})") from None
     if not isinstance(value, dict):
         raise LoadError(f"{file}: expected a JSON object")
     return value
@@ -153,10 +157,13 @@ def find_device(name):
     """The torch.device asked for; for None the fastest there is. Raises ValueError if it is not there."""
     if name is None and torch.cuda.is_available():
         name = "cuda"
-    if name is None and torch.backends.mps.is_available():
+    sound = torch.__version__ >= (2, 13)  # before, attention on Apple's GPU let 16-bit tokens see later ones: #195910
+    if name is None and torch.backends.mps.is_available() and sound:
         name = "mps"
     try:
         device = torch.empty(0, device=name or "cpu").device
+        if device.type == "mps" and not sound:
+            raise RuntimeError("attention there is wrong before PyTorch 2.13: pip install -U torch, or --device cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)  # whose streams graphs.py asks for
         return device
@@ -197,6 +204,15 @@ def first_bytes(file):
         return b""
 
 
+def foreign(file):
+    """What its first bytes say that stands in the place of a file; None if they say nothing."""
+    head = first_bytes(file)
+    for begin, kind in FOREIGN.items():
+        if head.startswith(begin) and b"\0" not in head:
+            return kind
+    return None
+
+
 def is_gguf(path):
     return first_bytes(path).startswith(b"GGUF")
 
@@ -215,8 +231,9 @@ def find_checkpoint(ckpt):
     """
     if ckpt is None:
         return demo_path()
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home, "hub")
+    hub = Path(os.path.expandvars(hub)).expanduser()
     cached = hub / f"models--{ckpt.strip('/').replace('/', '--')}"
     for path in Path(ckpt).expanduser(), Path("checkpoints", ckpt), HERE / "checkpoints" / ckpt, cached:
         if (path / "snapshots").is_dir():

@@ -10,8 +10,8 @@ import struct
 import torch
 
 from fast.parallel import share
-from support.common import LoadError, import_optional
-from support.weight_files import load_errors, model_args
+from support.common import LoadError, first_bytes, import_optional
+from support.weight_files import check_layers, load_errors, model_args
 
 ADVICE = "transformers or llama.cpp may run it"  # what model.py does not compute
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # kinds of token, alike in sentencepiece and GGUF
@@ -25,14 +25,39 @@ LLAMA_3 = (  # its pre-tokenizer: contractions, words with one sign before them,
 def open_gguf(path):
     """(reader, value): the package gguf's reader of a file, and value(key, default=None) for its metadata."""
     gguf = import_optional("gguf", path)
+    if first_bytes(path)[4:8] == b"\0\0\0\3":
+        raise LoadError(f"{path}: a big-endian GGUF file: llama.cpp's gguf_convert_endian.py makes a little-endian one")
     with load_errors(path, "not a GGUF file, or cut short"):  # it checks nothing, and fails anywhere in a cut file
-        reader = gguf.GGUFReader(path, "c")  # "c": mapped, and what is written stays in memory
+        try:
+            reader = gguf.GGUFReader(path, "c")  # "c": mapped, and what is written stays in memory
+        except ValueError as error:
+            unknown = re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error))
+            if unknown is None:
+                raise
+            raise LoadError(f"{path}: holds tensors of type {unknown[1]}, which the package gguf does not know: "
+                            "pip install -U gguf, or take another quantisation") from None
 
     def value(key, default=None):
         field = reader.get_field(key)
         return default if field is None else field.contents()
 
+    check_kind(path, value)
     return reader, value
+
+
+def check_kind(path, value):
+    """Raise LoadError unless a GGUF file's metadata, value(key, default), is that of a whole LLaMA."""
+    if value("general.type", "model") == "adapter" or value("adapter.type") is not None:
+        raise LoadError(f"{path}: a LoRA adapter and no model: first merge it into its model (llama-export-lora)")
+    if value("general.type", "model") != "model":
+        raise LoadError(f"{path}: no model, but what general.type calls {value('general.type')!r}")
+    if value("general.architecture") != "llama":
+        raise LoadError(f"{path}: architecture {value('general.architecture')!r} is not supported, only 'llama' is")
+    if value("split.count", 1) > 1:
+        first = re.sub(r"-\d+-of-", "-00001-of-", str(path))
+        whole = re.sub(r"-\d+-of-\d+", "", str(path))
+        raise LoadError(f"{path}: one of {value('split.count')} parts: llama-gguf-split --merge {first} {whole} makes "
+                        "one file of them")
 
 
 GGUF = {
@@ -40,6 +65,12 @@ GGUF = {
     "attn_norm": "attention_norm", "ffn_norm": "ffn_norm",
     "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
     "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3",
+}  # fmt: skip
+GGUF_SIZES = {  # of ModelArgs -> the same in a GGUF file, where vocab_size and rope_theta may be missing
+    "dim": "llama.embedding_length", "n_layers": "llama.block_count", "n_heads": "llama.attention.head_count",
+    "n_kv_heads": "llama.attention.head_count_kv", "hidden_dim": "llama.feed_forward_length",
+    "head_dim": "llama.attention.key_length", "norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "max_seq_len": "llama.context_length", "vocab_size": "llama.vocab_size", "rope_theta": "llama.rope.freq_base",
 }  # fmt: skip
 GGUF_FINE = {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 1, "llama.rope.scale_linear": 1,
              "llama.expert_count": 0, "llama.attention.sliding_window": 0}  # fmt: skip
@@ -50,8 +81,11 @@ def read_gguf(path):
     reader, value = open_gguf(path)
     gguf = import_optional("gguf", path)
     args = gguf_args(path, value, {tensor.name: tensor.shape for tensor in reader.tensors})
-    tensors = {}
-    for tensor in reader.tensors:
+    tensors, end = {}, 0
+    for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
+        if tensor.data_offset < end:
+            raise LoadError(f"{path}: tensor {tensor.name} begins within another: the file is damaged")
+        end = tensor.data_offset + tensor.n_bytes
         layer, name = re.fullmatch(r"(?:blk\.(\d+)\.)?(.*)", tensor.name.removesuffix(".weight")).groups()
         if name == "rope_freqs":
             args.freq_factors = gguf.quants.dequantize(tensor.data, tensor.tensor_type).flatten().tolist()
@@ -60,6 +94,7 @@ def read_gguf(path):
             tensors[f"{prefix}{GGUF[name]}.weight"] = tensor
         elif name != "attn_rot_embd":  # a table that old files carry
             raise LoadError(f"{path}: tensor {tensor.name} belongs to no LLaMA: {ADVICE}")
+    check_layers(path, "llama.block_count", args.n_layers, tensors)
     if "tok_embeddings.weight" not in tensors and "output.weight" in tensors:
         tensors["tok_embeddings.weight"] = tensors.pop("output.weight")
     args.tie_word_embeddings = "output.weight" not in tensors  # only one of the two is stored
@@ -82,34 +117,20 @@ def read_gguf(path):
 
 def gguf_args(path, value, shapes):
     """The ModelArgs that a GGUF file's metadata and tensors' shapes mean. Raises LoadError for what is no LLaMA-2."""
-    if value("general.architecture") != "llama":
-        raise LoadError(f"{path}: architecture {value('general.architecture')!r} is not supported, only 'llama' is")
-    if value("split.count", 1) > 1:
-        first = re.sub(r"-\d+-of-", "-00001-of-", str(path))
-        whole = re.sub(r"-\d+-of-\d+", "", str(path))
-        raise LoadError(f"{path}: one of {value('split.count')} parts: llama-gguf-split --merge {first} {whole} makes "
-                        "one file of them")
+    linear = value("llama.rope.scaling.type") == "linear"  # by a factor of 1, if the next lines let it pass
     for key, fine in GGUF_FINE.items():
-        if value(key, fine) not in (fine, 0):
+        if value(key, fine) not in (fine, 0) and not (linear and key.endswith("type")):
             raise LoadError(f"{path}: {key} = {value(key)!r} is not supported: {ADVICE}")
     rotary = value("llama.rope.dimension_count")
     head_dim = value("llama.attention.key_length", rotary)
     if rotary not in (None, head_dim) or value("llama.attention.value_length", head_dim) != head_dim:
         raise LoadError(f"{path}: rotary embeddings over part of a head, or values of another size, are not supported")
     embedding = "token_embd.weight" if "token_embd.weight" in shapes else "output.weight"
-    with load_errors(path, "its metadata makes no LLaMA"):
-        return model_args(
-            dim=value("llama.embedding_length"),
-            n_layers=value("llama.block_count"),
-            n_heads=value("llama.attention.head_count"),
-            n_kv_heads=value("llama.attention.head_count_kv"),
-            vocab_size=value("llama.vocab_size") or int(shapes[embedding][1]),
-            hidden_dim=value("llama.feed_forward_length"),
-            head_dim=head_dim,
-            norm_eps=value("llama.attention.layer_norm_rms_epsilon"),
-            rope_theta=value("llama.rope.freq_base", 10000.0),
-            max_seq_len=value("llama.context_length"),
-        )
+    with load_errors(path):
+        sizes = {size: value(key) for size, key in GGUF_SIZES.items()} | dict(head_dim=head_dim)
+        sizes["vocab_size"] = value("llama.vocab_size") or int(shapes[embedding][1])
+        sizes["rope_theta"] = value("llama.rope.freq_base", 10000.0)
+        return model_args(GGUF_SIZES, **sizes)
 
 
 def build_bpe(path, pieces, kinds, merges, pre, bos=None):

@@ -30,7 +30,10 @@ def numbered_jsonl(path, *keys):
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{path}:{number}: half of a surrogate pair, which no tokenizer can read") from None
+        except (ValueError, RecursionError):
             raise ValueError(f"{path}:{number}: not a line of JSON") from None
         if not isinstance(record, dict) or all(record.get(key) is None for key in keys):
             raise ValueError(f"{path}:{number}: {expected}")
@@ -195,7 +198,7 @@ def quality(model, windows, policy, reference):
     for score, trace, _ in compare_with_dense(model, windows, policy, reference):
         scores.append(score[:, trace.token_index[0, :-1] > policy.warm_up_index])
         counts.append(trace.counts(policy.warm_up_index))
-    nll, kl, top1 = torch.cat(scores, dim=1).double().mean(1).tolist()
+    nll, kl, top1 = torch.cat(scores, dim=1).cpu().double().mean(1).tolist()
     skipped, blocks = map(sum, zip(*counts))
     return dict(ffn_skip_ratio=skipped / blocks, perplexity=math.exp(nll), kl=kl, top1=top1)
 

@@ -5,10 +5,12 @@ vocabulary in a GGUF file, from which one of those two is built.
 What a trainer left in a file is not the user's wish: truncation, padding, dropout, and an end of text after every text.
 With a tokenizer.json, its post-processor says what stands before a text, and add_bos_token says nothing, as in
 transformers 5. In Meta's layout, as in Meta's code, text that looks like a special token is text; elsewhere it is one.
+Where a folder has both files, tokenizer.model counts in Meta's layout and for the class LlamaTokenizer, and else
+tokenizer.json: this is what gives the ids of transformers 5, and no optional package has a say in it.
 """
 
 import functools
-import importlib.util
+import json
 import re
 import sys
 
@@ -24,11 +26,15 @@ from support.chat_template import (
     render,
     token_pattern,
 )
-from support.common import LoadError, import_optional, model_name, read_json, read_utf8
-from support.gguf_file import CONTROL, NORMAL, build_bpe, open_gguf, sentencepiece_proto
+from support.common import LoadError, first_bytes, import_optional, model_name, read_json, read_utf8
+from support.gguf_file import CONTROL, NORMAL, USER_DEFINED, build_bpe, open_gguf, sentencepiece_proto
 from support.weight_files import load_errors, locate
 
-END_OF_TEXT = ("</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
+END_OF_TEXT = (  # tokens that end a text or a turn by what they are called, as in llama.cpp
+    "</s>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>", "<|end|>", "<end_of_turn>",
+    "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "<end_of_utterance>", "<｜end▁of▁sentence｜>", "<|return|>",
+    "<|call|>", "<|calls|>", "<|flush|>",
+)  # fmt: skip
 SPECIAL = {  # special tokens by their names in a chat template -> the same in GGUF, where one is misspelt
     "bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
     "sep_token": "seperator_token_id", "pad_token": "padding_token_id", "cls_token": "cls_token_id",
@@ -58,6 +64,10 @@ def check_utf8(text):
         raise ValueError(f"not UTF-8 text: {text[error.start]!r} at character {error.start}") from None
 
 
+def is_tiktoken(file):
+    return re.match(rb"[\w+/=]+ \d+\s", first_bytes(file)) is not None
+
+
 class SentencePieceTokenizer:
     """
     LLaMA-2's tokenizer, from the bytes of a sentencepiece model; file: their origin, for errors.
@@ -73,12 +83,12 @@ class SentencePieceTokenizer:
         self, proto, file, eos_ids=(), template=None, special=(), stated=(), named=(), add_bos=True, match=True,
         legacy=None,
     ):  # fmt: skip
-        if re.match(rb"[\w+/=]+ \d+\s", proto):
+        if is_tiktoken(file):
             raise LoadError(f"{file}: Llama-3's tiktoken file: put Hugging Face's tokenizer.json beside it")
         with load_errors(file, "not a sentencepiece model"):
             self.processor = processor = SentencePieceProcessor(model_proto=proto)
         self.proto, self.template, self.add_bos, self.match, self.legacy = proto, template, add_bos, match, legacy
-        self.n_pieces, self.special = processor.vocab_size(), dict(special)
+        self.n_pieces, self.special, self.stated = processor.vocab_size(), dict(special), dict(stated)
         ids = {processor.id_to_piece(i): i for i in range(self.n_pieces)}
         added = added_tokens(dict(stated), [*self.special.values(), *named], ids.get, self.n_pieces)
         for piece, i in ids.items():
@@ -197,49 +207,56 @@ def tokenizer_folder(folder):
     folders = [folder]
     if (folder / "params.json").exists():
         folders += [folder.absolute().parent, folder.resolve().parent]  # the second, if the folder is a link
-    for each in folders:
-        if (each / "tokenizer.json").exists() or (each / "tokenizer.model").exists():
+    found = [each for each in folders if (each / "tokenizer.json").exists() or (each / "tokenizer.model").exists()]
+    for each in found:
+        if (each / "tokenizer.json").exists() or not is_tiktoken(each / "tokenizer.model"):
             return each
+    if found:
+        return found[0]
     where = " or in ".join(["beside the weights", *map(str, dict.fromkeys(folders[1:]))])
     raise LoadError(f"{folder}: no tokenizer: expected tokenizer.model or tokenizer.json {where}")
 
 
 def folder_tokenizer(folder):
     """The tokenizer in Meta's and Hugging Face's layout, from all the files that say something of it."""
-    own, config, eos_ids = tokenizer_folder(folder), {}, set()
-    for file in folder / "config.json", folder / "generation_config.json", own / "tokenizer_config.json":
-        config |= read_optional(file)
-        eos = config.get("eos_token_id", [])
-        if isinstance(eos, int):
-            eos = [eos]
-        eos_ids.update(eos)
+    own, config = tokenizer_folder(folder), read_optional(folder / "config.json")
+    for file in folder / "generation_config.json", own / "generation_config.json", folder / "config.json":
+        eos_ids = read_optional(file).get("eos_token_id", [])
+        if not isinstance(eos_ids, list):
+            eos_ids = [eos_ids]
+        if any(type(i) is not int for i in eos_ids):
+            raise LoadError(f"{file}: eos_token_id is {eos_ids!r:.40}, expected the id of a token or a list of ids")
+        if eos_ids:  # the first file that says any counts, as in transformers
+            break
+    config |= read_optional(own / "tokenizer_config.json")
     named, older = more_tokens(config), read_optional(own / "special_tokens_map.json")
     if "added_tokens_decoder" in config:  # all tokens are in the newest file, which counts then, as in transformers
         config = older | config
     else:
         config = config | older
     special = {name: content(config[name]) for name in SPECIAL if config.get(name)}
-    stated = config.get("added_tokens_decoder")
+    bpe, proto = own / "tokenizer.json", own / "tokenizer.model"
+    parts, stated = read_optional(bpe), config.get("added_tokens_decoder")
     if stated is None:
         marked, ids = more_tokens(older), read_optional(own / "added_tokens.json")
         stated = {i: dict(content=text, special=text in marked) for text, i in ids.items()}
+        stated |= {token["id"]: token for token in parts.get("added_tokens", ())}
     template = find_template(own, config.get("chat_template"))
     known = dict(eos_ids=eos_ids, template=template, special=special, stated=stated, named=named)
-    bpe, proto = own / "tokenizer.json", own / "tokenizer.model"
-    if bpe.exists() and (importlib.util.find_spec("tokenizers") or not proto.exists()):
+    is_llama = "Llama" in config.get("tokenizer_class", "")
+    meta = (folder / "params.json").exists() and not (own / "tokenizer_config.json").exists()
+    if parts and (not proto.exists() or not (is_llama or meta) or is_tiktoken(proto)):
         with load_errors(bpe, "not a tokenizer"):
             tokenizer = import_optional("tokenizers", bpe).Tokenizer.from_str(read_utf8(bpe))
         return BPETokenizer(tokenizer, bpe, **known)
-    legacy = config.get("legacy")
-    if legacy is None and "Llama" in config.get("tokenizer_class", ""):
+    legacy, add_bos = config.get("legacy"), config.get("add_bos_token", True)
+    if legacy is None and is_llama:
         legacy = False
-    match = not (folder / "params.json").exists() or (own / "tokenizer_config.json").exists()
+    if parts and is_llama:
+        add_bos = json.dumps(special.get("bos_token", "<s>")) in json.dumps(parts.get("post_processor"))
     no_prefix = NO_PREFIX * (config.get("add_prefix_space") is False)
-    flags = dict(add_bos=config.get("add_bos_token", True), match=match, legacy=legacy)
+    flags = dict(add_bos=add_bos, match=not meta, legacy=legacy)
     tokenizer = SentencePieceTokenizer(proto.read_bytes() + no_prefix, proto, **known, **flags)
-    for token in read_optional(bpe).get("added_tokens", ()):
-        if tokenizer.ids.get(token["content"]) != token["id"]:
-            raise LoadError(f"{bpe}: for {token['content']!r} it needs the package tokenizers: pip install tokenizers")
     if read_optional(folder / "params.json").get("vocab_size") != -1:  # as in Meta's own
         tokenizer.warning = llama_2_warning(folder, f"{model_name(folder)} {config.get('_name_or_path')}")
     return tokenizer
@@ -267,11 +284,16 @@ def gguf_tokenizer(path):
     template = value("tokenizer.chat_template") or templates or None
     special = {name: pieces[key(ids)] for name, ids in SPECIAL.items() if key(ids) in range(len(pieces))}
     eos_ids = {key("eos_token_id"), key("eot_token_id"), key("eom_token_id")} - {None}
-    eos_ids |= {i for i, piece in enumerate(pieces) if piece in END_OF_TEXT and kinds[i] == CONTROL}
+    for i, piece in enumerate(pieces):
+        if piece in END_OF_TEXT:
+            eos_ids.add(i)
+            kinds[i] = CONTROL  # whatever a converter has made of it
     if kind == "llama":
         ids = key("unknown_token_id", 0), key("bos_token_id", -1), key("eos_token_id", -1)
         proto = sentencepiece_proto(pieces, key("scores"), kinds, *ids, key("add_space_prefix", True))
-        tokenizer = SentencePieceTokenizer(proto, path, eos_ids, template, special, add_bos=key("add_bos_token", True))
+        added = {i: dict(content=piece) for i, piece in enumerate(pieces) if kinds[i] == USER_DEFINED}
+        known = dict(stated=added, add_bos=key("add_bos_token", True))
+        tokenizer = SentencePieceTokenizer(proto, path, eos_ids, template, special, **known)
         tokenizer.warning = llama_2_warning(path, f"{model_name(path)} {value('general.name')}")
         return tokenizer
     bos = None

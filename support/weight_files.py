@@ -12,19 +12,15 @@ import torch
 from safetensors import safe_open
 
 from model import ModelArgs
-from support.common import LoadError, first_bytes, first_line, is_gguf, read_json
+from support.common import LoadError, first_bytes, first_line, foreign, is_gguf, read_json
 
-FOREIGN = {  # the first bytes of what is often found under a file's name -> what it is
-    b"version https://git-lfs": "a Git LFS pointer and not the file itself: git lfs pull fetches it",
-    b"<": "a web page and not the file itself: download it again",
-}
-# what a trainer leaves beside the weights of a model
 ORDER = (  # in which weights are preferred, by the names of their files
     "model.safetensors", "model-*.safetensors", "consolidated*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin",
     "consolidated*.pth", "*.safetensors", "*.bin", "*.pth",
 )  # fmt: skip
 # what a trainer leaves beside the weights of a model
 OTHERS = "adapter|optim|sched|training_args|rng_state|random_states|pytorch_lora"
+MERGE = "first merge it (peft has merge_and_unload) into"
 # tables and masks that real files carry, and that model.py computes
 BUFFERS = r"rope\.freqs|inv_freq|freqs_(cis|cos|sin)|(cos|sin)_cached|position_ids|(^|[._])mask|masked_bias"
 
@@ -38,20 +34,19 @@ def load_errors(*where):
         raise
     except Exception as error:  # the packages tokenizers and gguf raise anything
         why = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-        for begin, kind in FOREIGN.items():
-            if first_bytes(where[0]).startswith(begin):
-                why = kind
-        raise LoadError(": ".join([*map(str, where), why])) from error
+        raise LoadError(": ".join([*map(str, where), foreign(where[0]) or why])) from error
 
 
 def file_kind(file):
-    """gguf, zip (PyTorch's), pickle (PyTorch's of before 1.6) or safetensors; None for any other file."""
+    """gguf, safetensors, zip (PyTorch's) or pickle (PyTorch's of before 1.6); None for any other file."""
     head = first_bytes(file)
-    for begin, kind in (b"GGUF", "gguf"), (b"PK", "zip"), (b"\x80", "pickle"):
+    if head.startswith(b"GGUF"):
+        return "gguf"
+    if head[6:9] == b"\0\0{":  # the length of a header in JSON, which may begin like any other kind, and the header
+        return "safetensors"
+    for begin, kind in (b"PK", "zip"), (b"\x80", "pickle"):
         if head.startswith(begin):
             return kind
-    if head[6:9] == b"\0\0{":  # the length of a header in JSON, and it
-        return "safetensors"
     return None
 
 
@@ -85,6 +80,10 @@ def locate(path):
     if files:
         names = ", ".join(file.name for file in files)
         raise LoadError(f"{folder}: there are several GGUF files: give the path of one: {names}")
+    if not weight_files(folder) and any(folder.glob("adapter*")):
+        about = read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").exists() else {}
+        base = about.get("base_model_name_or_path") or "the model that it was trained on"
+        raise LoadError(f"{folder}: an adapter ({about.get('peft_type', 'LoRA')}) and no model: {MERGE} {base}")
     if not config:
         expected = "params.json (Meta's layout), config.json (Hugging Face's) or a GGUF file"
         raise LoadError(f"{folder}: no checkpoint: expected {expected}")
@@ -98,7 +97,8 @@ def weight_sets(folder, path):
     """
     indexed = {}  # the name of a file -> that of its set
     for index in folder.glob("*.index.json"):
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        with load_errors(index, "its weight_map names no files"):
+            names = sorted({str(Path(name)) for name in read_json(index).get("weight_map", {}).values()})
         for name in names:
             indexed[name] = set_name(names[0])
     sets = {}
@@ -144,21 +144,56 @@ def read_tensors(file):
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         else:
             raise ValueError("not a PyTorch file")
-    if not isinstance(tensors, dict) or not all(torch.is_tensor(tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(is_plain(*item) for item in tensors.items()):
         raise LoadError(f"{file}: not a dictionary of tensors")
     return {name: tensor for name, tensor in tensors.items() if not re.search(f"({BUFFERS})$", name)}
 
 
-def model_args(**sizes):
-    """The ModelArgs of these sizes. Raises ValueError if they divide attention into no such heads."""
+def is_plain(name, tensor):
+    """Whether an entry of a file is a name and a tensor with all its numbers in memory, one after the other."""
+    return isinstance(name, str) and torch.is_tensor(tensor) and tensor.layout == torch.strided and not tensor.is_meta
+
+
+LARGEST = dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "head_dim"), 2**20)
+LARGEST |= dict(vocab_size=2**31, max_seq_len=2**31, norm_eps=1e30, rope_theta=1e30)  # more is a mistake
+
+
+def model_args(names=None, **sizes):
+    """
+    The ModelArgs of these sizes, of which n_kv_heads and head_dim may be None. names: {size: its key in the file}.
+    Raises ValueError if one is no such number, or if they divide attention into no such heads.
+    """
+    keys = {size: size for size in LARGEST} | (names or {})
+    for size, value in sizes.items():
+        if size in LARGEST and (value is not None or size not in ("n_kv_heads", "head_dim")):
+            check_number(keys[size], value, LARGEST[size], whole=size not in ("norm_eps", "rope_theta"))
     args = ModelArgs(**sizes)
     if args.n_heads % args.n_kv_heads:
-        raise ValueError(f"n_heads {args.n_heads} is not a multiple of n_kv_heads {args.n_kv_heads}")
+        groups = f"{keys['n_kv_heads']} {args.n_kv_heads}"
+        raise ValueError(f"{keys['n_heads']} {args.n_heads} is not a multiple of {groups}")
     if sizes.get("head_dim") is None and args.dim % args.n_heads:
-        raise ValueError(f"dim {args.dim} is not a multiple of n_heads {args.n_heads}")
+        raise ValueError(f"{keys['dim']} {args.dim} is not a multiple of {keys['n_heads']} {args.n_heads}")
     if args.head_dim % 2:
-        raise ValueError(f"head_dim {args.head_dim} is odd, and rotary embeddings turn pairs")
+        raise ValueError(f"{keys['head_dim']} {args.head_dim} is odd, and rotary embeddings turn pairs")
     return args
+
+
+def check_number(key, value, largest=1e30, whole=False):
+    """The value of a key in a file, if it is a number above 0 and no larger than that. Raises ValueError."""
+    if value is None:
+        raise ValueError(f"{key!r} is missing")
+    kinds = (int,) if whole else (int, float)
+    if type(value) not in kinds or not 0 < value <= largest:
+        raise ValueError(f"{key!r} is {value!r:.40}, expected a {'whole ' * whole}number above 0, up to {largest:,}")
+    return value
+
+
+def check_layers(file, key, n_layers, names):
+    """Raise LoadError unless there are tensors of so many layers, before a model of so many is built."""
+    found = {re.match(r"(layers\.\d+\.)?", name)[0] for name in names}
+    for i in range(n_layers):
+        if f"layers.{i}." not in found:
+            raise LoadError(f"{file}: {key!r} is {n_layers}, and every tensor of layer {i} is missing")
 
 
 def check_tensor(file, name, tensor, shape):

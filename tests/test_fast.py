@@ -87,7 +87,7 @@ def test_an_infinite_threshold_is_dense_bit_for_bit_on_either(data, dtype):
         again, again_cache, trace = decode(each, random_ids(12), skip, prompt_len=5)
         assert torch.equal(again, logits) and torch.equal(again_cache.k, cache.k)
         assert trace.ran.all() and cache.complete() and again_cache.complete()
-    assert one_row.way is None  # how a pass multiplies is no way for what is computed after it
+    assert one_row.way() is None  # how a pass multiplies is no way for what is computed after it
 
 
 def test_accelerating_is_undone_and_changes_no_name_and_no_weight():

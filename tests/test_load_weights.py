@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN, LOGITS
 
 from load_weights import HUGGING_FACE, load_model, load_tokenizer, main
-from support.common import LoadError, demo_path, run_command
+from support.common import LoadError, demo_path, foreign, run_command
 from support.gguf_file import gguf_args
+from support.weight_files import file_kind, read_tensors
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,9 +89,22 @@ CONFIGS = {
     "half a llama3": (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "'low_freq_factor' is missing"),
     "part of a head": (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is not supported"),
     "missing size": (dict(hidden_size="gone"), "config.json: 'hidden_size' is missing"),
-    "odd groups": (dict(num_key_value_heads=3), "config.json: n_heads 4 is not a multiple of n_kv_heads 3"),
+    "odd groups": (
+        dict(num_key_value_heads=3), "config.json: num_attention_heads 4 is not a multiple of num_key_value_heads 3",
+    ),
     "odd heads": (dict(head_dim=7), "config.json: head_dim 7 is odd"),
-    "odd size": (dict(num_attention_heads=6), "config.json: dim 32 is not a multiple of n_heads 6"),
+    "odd size": (
+        dict(num_attention_heads=6), "config.json: hidden_size 32 is not a multiple of num_attention_heads 6",
+    ),
+    "settings for each kind of layer": (
+        dict(rope_parameters=dict(full_attention=dict(rope_theta=1e6))), "config.json: rope_scaling or rope_parameters",
+    ),
+    "no object of settings": (dict(rope_scaling="linear"), "config.json: rope_scaling or rope_parameters is 'linear'"),
+    "linear in the older key": (
+        dict(rope_scaling=dict(type="linear", factor=4.0), rope_parameters=dict(rope_type="default")), "'linear'",
+    ),
+    "kind of no model": (dict(model_type=["llama"]), r"config.json: model_type \['llama'\] is not supported"),
+    "no such ends": (dict(eos_token_id="</s>"), r"config.json: eos_token_id is \['</s>'\], expected the id"),
 }
 
 # case -> (changes of hf-gqa's tensors, given as a function of them, what the error says)
@@ -98,7 +115,15 @@ TENSORS = {
         lambda t: {"model.layers.9.mlp.up_proj.weight": t["lm_head.weight"]},
         "layers.9.feed_forward.w3.weight belongs to no LLaMA",
     ),
-    "foreign tensor": (lambda t: {"x": t["lm_head.weight"]}, "model.safetensors: tensor x belongs"),
+    "foreign tensor": (lambda t: {"model.x": t["lm_head.weight"]}, "model.safetensors: tensor model.x belongs"),
+    "an adapter's tensor": (
+        lambda t: {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": t["model.norm.weight"]},
+        "lora_A.weight is an adapter's: first merge it",
+    ),
+    "no tensor of a layer": (
+        lambda t: {name: None for name in t if "layers.1." in name},
+        "config.json: 'num_hidden_layers' is 2, and every tensor of layer 1 is missing",
+    ),
     "bias": (lambda t: {"model.layers.0.mlp.up_proj.bias": t["model.norm.weight"]}, "up_proj.bias"),
     "misshapen tensor": (
         lambda t: {"lm_head.weight": t["lm_head.weight"][:9]},
@@ -136,7 +161,31 @@ FOLDERS = {
     "an adapter only": (
         "hf-gqa",
         lambda folder: (folder / "model.safetensors").rename(folder / "adapter_model.safetensors"),
-        "hf-gqa: no weights: expected model",
+        r"hf-gqa: an adapter \(LoRA\) and no model: first merge it .* into the model that it was trained on",
+    ),
+    "an adapter that names its model": (
+        "hf-gqa",
+        lambda folder: [
+            remove(name)(folder) for name in ("model.safetensors", "config.json", "tokenizer.model")
+        ] + [write("adapter_config.json", b'{"peft_type": "IA3", "base_model_name_or_path": "org/base"}')(folder)],
+        r"hf-gqa: an adapter \(IA3\) and no model: first merge it .* into org/base",
+    ),
+    "an index of nothing": ("hf-mha", write(INDEX, b'{"weight_map": null}'), f"{INDEX}: its weight_map names no files"),
+    "an index of a list": ("hf-mha", write(INDEX, b'{"weight_map": ["a"]}'), f"{INDEX}: its weight_map names no files"),
+    "an index of numbers": ("hf-mha", write(INDEX, b'{"weight_map": {"a": 1}}'), f"{INDEX}: its weight_map names no"),
+    "an index without end": ("hf-mha", write(INDEX, b'{"weight_map": ' + b"[" * 10**5), f"{INDEX}: not a JSON file"),
+    "LFS config.json": ("hf-gqa", write("config.json", POINTER), "config.json: not a JSON file .*Git LFS"),
+    "numbered tensors": (
+        "meta-gqa", lambda folder: torch.save({1: torch.ones(2)}, folder / "consolidated.00.pth"),
+        "consolidated.00.pth: not a dictionary of tensors",
+    ),
+    "a sparse tensor": (
+        "meta-gqa", lambda folder: torch.save({"a": torch.eye(2).to_sparse()}, folder / "consolidated.00.pth"),
+        "consolidated.00.pth: not a dictionary of tensors",
+    ),
+    "a tensor without numbers": (
+        "meta-gqa", lambda folder: torch.save({"a": torch.empty(2, device="meta")}, folder / "consolidated.00.pth"),
+        "consolidated.00.pth: not a dictionary of tensors",
     ),
     "shards without an index": (
         "hf-mha",
@@ -202,6 +251,48 @@ def broken():
         yield pytest.param("hf-gqa", edit_tensors(change), message, id=case)
     for case, (layout, edit, message) in FOLDERS.items():
         yield pytest.param(layout, edit, message, id=case)
+
+
+SIZES = {  # the file -> its layout, and the keys that are sizes
+    "config.json": ("hf-gqa", ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                               "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
+                               "rms_norm_eps", "rope_theta"]),
+    "params.json": ("meta-gqa", ["dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "norm_eps", "rope_theta",
+                                 "multiple_of", "ffn_dim_multiplier", "hidden_dim"]),
+}  # fmt: skip
+SOME = [(file, layout, key) for file, (layout, keys) in SIZES.items() for key in keys]
+
+
+@pytest.mark.parametrize("file, layout, key", SOME)
+def test_a_size_that_is_no_such_number_is_named_with_its_file(file, layout, key, tmp_path):
+    """At once, and not after a model of a billion layers has been built."""
+    folder = golden(layout, tmp_path / "m")
+    for value in "32", -1, 2**70, [32], {"a": 1}, True, math.inf, math.nan:
+        if value == 2**70 and key in ("rms_norm_eps", "norm_eps", "rope_theta"):
+            continue  # odd, but a number
+        edit_json(file, **{key: value})(folder)
+        with pytest.raises(LoadError, match=rf"{file}: '{key}' is .*, expected a (whole )?number above 0"):
+            load_model(folder)
+
+
+@pytest.mark.parametrize("file, layout, key", SOME)
+def test_a_size_that_is_missing_is_named_with_its_file(file, layout, key, tmp_path):
+    """Null counts as missing; what is missing has the default that transformers, or Meta's code, gives it, or none."""
+    optional = "num_key_value_heads head_dim n_kv_heads max_seq_len norm_eps rope_theta multiple_of ffn_dim_multiplier"
+    optional = (optional + " hidden_dim").split()
+    folder = golden(layout, tmp_path / "m")
+    edit_json(file, **{key: None})(folder)
+    if key not in optional or key == "rope_theta" and file == "config.json":
+        with pytest.raises(LoadError, match=f"{file}: '{key}' is missing"):
+            load_model(folder)
+
+
+@pytest.mark.parametrize("file, key", [("config.json", "num_hidden_layers"), ("params.json", "n_layers")])
+def test_layers_that_no_file_has_are_not_built(file, key, tmp_path):
+    folder = golden(SIZES[file][0], tmp_path / "m")
+    edit_json(file, **{key: 10**6})(folder)
+    with pytest.raises(LoadError, match=f"{file}: '{key}' is 1000000, and every tensor of layer 2 is missing"):
+        load_model(folder)
 
 
 @pytest.mark.parametrize("layout, edit, message", list(broken()))
@@ -314,6 +405,9 @@ CHOICES = {
         [meta_beside("consolidated.safetensors"), half("model.safetensors", "x"), rename("x", "model.safetensors")],
         "reads consolidated.safetensors, since model.safetensors is of no use: .* is missing",
     ),
+    "an adapter beside its model": (
+        [write("adapter_config.json", b"{}")], "reads model.safetensors, and not the adapter beside it",
+    ),
     "a variant": ([hf_names("model.fp16.safetensors")], "reads model.safetensors, and not model.fp16.safetensors"),
     "an old format": ([pytorch], "reads model.safetensors, and not pytorch_model.bin"),
     "a pointer beside an old format": (
@@ -375,6 +469,124 @@ def test_the_kind_of_a_file_is_told_by_its_first_bytes(layout, old, new, path, t
         (tmp_path / old).rename(tmp_path / new)
     assert same(tmp_path / path, layout)
     assert load_tokenizer(tmp_path / path).encode("a") == load_tokenizer(GOLDEN / layout).encode("a")
+
+
+@given(st.integers(8, 20000), st.sampled_from(["a note", "spaces"]))
+@example(640, "a note")  # the file begins as a pickle does
+@example(19280, "spaces")  # as a zip archive does
+@example(316, "spaces")  # as a web page does: lengths need not be multiples of 8
+def test_a_safetensors_file_is_one_whatever_the_length_of_its_header(tmp_path_factory, size, filled_by):
+    """Its first bytes are that length."""
+    header = dict(a=dict(dtype="F32", shape=[1], data_offsets=[0, 4]))
+    if filled_by == "a note":
+        header["__metadata__"] = dict(note="")
+        header["__metadata__"]["note"] = "x" * (size - len(json.dumps(header)))
+    header = json.dumps(header).encode().ljust(size)
+    file = tmp_path_factory.mktemp("kind") / "pytorch_model.bin"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<f", 1.5))
+    assert file_kind(file) == "safetensors" and foreign(file) is None
+    assert read_tensors(file)["a"].item() == 1.5
+
+
+def test_a_gguf_file_of_123_tensors_is_no_safetensors_file(tmp_path):
+    """Its ninth byte is then that of a header in JSON."""
+    (tmp_path / "x").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, ord("{"), 0))
+    assert file_kind(tmp_path / "x") == "gguf"
+
+
+def test_a_trainers_head_beside_the_model_is_told_and_left_out(tmp_path, capsys):
+    folder = golden("hf-gqa", tmp_path / "m")
+    heads = "v_head.summary.weight", "v_head.summary.bias", "score.weight", "classifier.out_proj.bias"
+    edit_tensors(lambda t: dict.fromkeys(heads, torch.ones(3)))(folder)
+    assert same(folder, "hf-gqa")
+    assert "m: beside the model, and not read: classifier.out_proj.bias, score" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [None, "float32"])
+def test_tensors_of_several_dtypes_are_told_unless_one_is_asked_for(asked, tmp_path, capsys):
+    folder = golden("hf-gqa", tmp_path / "m")
+    edit_tensors(lambda t: {"lm_head.weight": t["lm_head.weight"].float()})(folder)
+    model = load_model(folder, dtype=asked)
+    assert model.output.weight.dtype == getattr(torch, asked or "float16")
+    said = "m: holds tensors in float16 and float32: all are read in float16, the embedding's; --dtype chooses another]"
+    err = capsys.readouterr().err
+    assert not err if asked else said in err
+
+
+GGUF_FILES = {  # case -> (its metadata, what the error says)
+    "LoRA": ({"general.type": "adapter", "adapter.type": "lora"}, "a LoRA adapter and no model: first merge it"),
+    "LoRA of before general.type": ({"adapter.type": "lora"}, "a LoRA adapter and no model"),
+    "imatrix": ({"general.type": "imatrix"}, "no model, but what general.type calls 'imatrix'"),
+    "projector": ({"general.type": "mmproj"}, "no model, but what general.type calls 'mmproj'"),
+    "another architecture": ({"general.architecture": "qwen2"}, "architecture 'qwen2' is not supported"),
+}
+
+
+@pytest.mark.parametrize("metadata, message", GGUF_FILES.values(), ids=GGUF_FILES)
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_gguf_file_that_is_no_llama_is_told(metadata, message, load, tmp_path):
+    gguf = pytest.importorskip("gguf", reason="reading a GGUF file needs the package gguf")
+    metadata = {"general.architecture": "llama"} | metadata
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", metadata.pop("general.architecture"))
+    for key, value in metadata.items():
+        writer.add_string(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(LoadError, match=f"x.gguf: {message}"):
+        load(tmp_path / "x.gguf")
+
+
+def changed_gguf(file, find, change):
+    """gqa-f16.gguf with four bytes of the description of its tensor `find` changed: of its type, or of its offset."""
+    gguf = pytest.importorskip("gguf", reason="reading a GGUF file needs the package gguf")
+    data = bytearray((GOLDEN / "gqa-f16.gguf").read_bytes())
+    tensor = next(tensor for tensor in gguf.GGUFReader(GOLDEN / "gqa-f16.gguf").tensors if tensor.name == find)
+    kind = tensor.field.offset + 8 + len(find) + 4 + 8 * len(tensor.shape)
+    for place, value in change.items():
+        start = kind + 4 * (place == "offset")
+        data[start : start + 4] = struct.pack("<I", value)
+    file.write_bytes(data)
+    return file
+
+
+def test_a_gguf_file_says_what_of_it_cannot_be_read(tmp_path):
+    """A type of a llama.cpp that is newer than the package gguf, one that the package cannot dequantise, overlaps."""
+    name = "blk.1.ffn_norm.weight"
+    with pytest.raises(LoadError, match="a: holds tensors of type 999, which the package gguf does not know: pip"):
+        load_model(changed_gguf(tmp_path / "a", name, dict(kind=999)))
+    with pytest.raises(LoadError, match="b: tensor .* begins within another: the file is damaged"):
+        load_model(changed_gguf(tmp_path / "b", name, dict(offset=32)))
+    with pytest.raises(LoadError, match="c: Dequantization for I32 is not yet implemented"):
+        load_model(changed_gguf(tmp_path / "c", name, dict(kind=26)))
+    (tmp_path / "d").write_bytes(b"GGUF" + struct.pack(">IQQ", 3, 1, 1))
+    with pytest.raises(LoadError, match="d: a big-endian GGUF file: .*gguf_convert_endian.py"):
+        load_tokenizer(tmp_path / "d")
+
+
+GGUF_SIZES = {
+    "llama.embedding_length": 32, "llama.block_count": 2, "llama.attention.head_count": 4,
+    "llama.feed_forward_length": 64, "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.context_length": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", GGUF_SIZES)
+def test_a_size_that_a_gguf_file_does_not_say_is_named(key):
+    shapes = {"token_embd.weight": [32, 380]}
+    assert gguf_args("x", GGUF_SIZES.get, shapes).dim == 32
+    with pytest.raises(LoadError, match=f"^x: '{key}' is missing"):
+        gguf_args("x", {other: GGUF_SIZES[other] for other in GGUF_SIZES if other != key}.get, shapes)
+    for value in [4, 4], "4", -1, 10**400:
+        with pytest.raises(LoadError, match=f"^x: '{key}' is .*, expected a (whole )?number"):
+            gguf_args("x", (GGUF_SIZES | {key: value}).get, shapes)
+
+
+def test_linear_scaling_by_nothing_in_a_gguf_file_is_none():
+    shapes = {"token_embd.weight": [32, 380]}
+    for factor in 0.0, 1.0, None:
+        stated = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": factor}
+        stated = GGUF_SIZES | {key: value for key, value in stated.items() if value is not None}
+        assert gguf_args("x", stated.get, shapes).freq_factors is None
 
 
 def test_a_split_gguf_file_is_refused_with_the_command_that_merges_it(tmp_path):
@@ -510,6 +722,17 @@ def test_metas_own_download_has_its_tokenizer_in_the_folder_above(tmp_path):
         load_tokenizer(tmp_path / "llama" / "hf")
 
 
+def test_llama_3s_original_folder_has_its_tokenizer_json_in_the_folder_above(tmp_path):
+    """Beside Meta's files is only tiktoken's. Ends of text are those of the folder that the tokenizer is in."""
+    pytest.importorskip("tokenizers", reason="tokenizer.json needs the package tokenizers")
+    golden("hf-theta", tmp_path / "llama")
+    folder = golden("meta-gqa", tmp_path / "llama" / "original")
+    (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    for path in folder, folder / "consolidated.00.pth":
+        assert load_tokenizer(path).encode("Paris") == load_tokenizer(GOLDEN / "hf-theta").encode("Paris")
+        assert load_tokenizer(path).eos_ids == {0, 2} and same(path, "meta-gqa")
+
+
 MEMORY = """
 import sys, threading, time
 import torch, load_weights
@@ -617,6 +840,18 @@ def test_out_keeps_the_beginning_that_a_gguf_file_adds(tmp_path):
         old, new = load_tokenizer(GOLDEN / layout), load_tokenizer(tmp_path / layout[:-5])
         assert new.encode("a<|im_start|></s>") == old.encode("a<|im_start|></s>") and new.eos_ids == old.eos_ids
         assert new.template == old.template and new.bos_id == old.bos_id
+
+
+def test_out_keeps_the_user_defined_pieces_of_a_gguf_file(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="reading a GGUF file needs the package gguf")
+    shutil.copy(GOLDEN / "gqa-f16.gguf", tmp_path)
+    field = gguf.GGUFReader(tmp_path / "gqa-f16.gguf", "r+").get_field("tokenizer.ggml.token_type")
+    field.parts[field.data[300]][0] = 4  # in the file, which is mapped
+    assert cli(str(tmp_path / "gqa-f16.gguf"), "--out", str(tmp_path / "new")).returncode == 0
+    old, new = load_tokenizer(tmp_path / "gqa-f16.gguf"), load_tokenizer(tmp_path / "new")
+    text = f"a{old.processor.id_to_piece(300)}b"
+    assert new.encode(text) == old.encode(text) and 300 in old.encode(text)
+    assert new.decode(old.encode(text)) == old.decode(old.encode(text))
 
 
 def test_out_keeps_every_end_of_text(tmp_path):

@@ -1,8 +1,8 @@
 """Every tokenizer gives the ids of the original it was made from."""
 
-import importlib.util
 import json
 import shutil
+import sys
 import time
 
 import pytest
@@ -134,6 +134,54 @@ def test_a_broken_tokenizer_in_a_gguf_file_is_an_error(merges, tmp_path):
     path = write_gguf(tmp_path, "smollm", merges)
     with pytest.raises(LoadError, match="x.gguf: its tokenizer cannot be read"):
         load_tokenizer(path)
+
+
+def sentencepiece_gguf(path, *more):
+    """golden/tokenizer.model in a GGUF file, with more (piece, kind), of which the score is low."""
+    package = pytest.importorskip("gguf", reason="the tokenizer inside a GGUF file needs the package gguf")
+    n, kinds = range(ORIGINAL.vocab_size()), [piece[1] for piece in more]
+    own = [2 * ORIGINAL.is_unknown(i) or 3 * ORIGINAL.is_control(i) or 6 * ORIGINAL.is_byte(i) or 1 for i in n]
+    writer = package.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([ORIGINAL.id_to_piece(i) for i in n] + [piece[0] for piece in more])
+    writer.add_token_scores([ORIGINAL.get_score(i) for i in n] + [-1000.0] * len(more))
+    writer.add_token_types(own + kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+LLAMA_CPP = json.loads((GOLDEN / "llama_cpp.json").read_text(encoding="utf-8"))
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+
+
+@pytest.mark.parametrize("added, ends, ids", LLAMA_CPP["added"])
+def test_tokens_that_a_gguf_file_adds_give_the_ids_and_the_ends_of_llama_cpp(added, ends, ids, tmp_path):
+    tokenizer = load_tokenizer(sentencepiece_gguf(tmp_path / "x.gguf", *added))
+    assert tokenizer.eos_ids == {*ends}
+    assert [tokenizer.encode(text) for text in LLAMA_CPP["texts"]] == ids
+
+
+@pytest.mark.parametrize("kind", [NORMAL, CONTROL, USER_DEFINED])
+def test_a_token_that_ends_a_turn_does_so_whatever_a_gguf_file_calls_its_kind(kind, tmp_path):
+    """By its text, as in llama.cpp, where it then is a control token too: it is found in a text, and is no text."""
+    path = sentencepiece_gguf(tmp_path / "x.gguf", ("<|im_start|>", CONTROL), ("<|im_end|>", kind), ("<|end|>", kind))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.eos_ids == {2, 381, 382}
+    assert tokenizer.encode("a<|im_end|>", bos=False) == [*ORIGINAL.encode("a"), 381]
+    assert tokenizer.decode([*ORIGINAL.encode("a"), 381]) == "a"
+
+
+def test_user_defined_pieces_of_a_gguf_file_are_found_before_a_text_is_cut(tmp_path):
+    """As in llama.cpp: no space is put before them, and one before the text after them; --out keeps them."""
+    path = sentencepiece_gguf(tmp_path / "x.gguf", ("<|user|>", USER_DEFINED), ("\t\t", USER_DEFINED))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode("<|user|>Paris") == [1, 380, *ORIGINAL.encode("Paris")]
+    assert tokenizer.encode("x\t\ty", bos=False) == [*ORIGINAL.encode("x"), 381, *ORIGINAL.encode("y")]
+    assert tokenizer.decode([1, 380, *ORIGINAL.encode("Paris")]) == "<|user|> Paris"
 
 
 def write_gguf(folder, pre, merges, add_bos=None):
@@ -312,13 +360,27 @@ def test_ends_and_beginnings_that_only_special_tokens_map_json_names(tmp_path):
         assert tokenizer.bos_id == 1 and tokenizer.eos_ids == {2} and tokenizer.chat([]) == [1, 2]
 
 
-def test_without_tokenizers_a_tokenizer_json_that_adds_tokens_is_an_error_and_no_fallback(tmp_path, monkeypatch):
-    folder = hf(tmp_path / "m", tokenizer=dict(added_tokens=[token("</s>", id=2), token("<|im_end|>", id=380)]))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LoadError, match=r"tokenizer.json: for '<\|im_end\|>' it needs the package tokenizers: pip"):
-        load_tokenizer(folder)
-    (folder / "tokenizer.json").write_text(json.dumps(dict(added_tokens=[token("</s>", id=2)])))
-    assert load_tokenizer(folder).encode("Hi") == load_tokenizer(GOLDEN / "hf-gqa").encode("Hi")
+def test_an_optional_package_never_changes_what_a_folder_gives(tmp_path, monkeypatch):
+    """A folder with both files: for LlamaTokenizer the tokens that tokenizer.json adds count too, else it is needed."""
+    parts = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))
+    parts["added_tokens"].append(token("<|im_end|>", id=380))
+    config = dict(tokenizer_class="LlamaTokenizer", bos_token="<s>", add_bos_token=True)
+    folder = hf(tmp_path / "m", tokenizer=parts, tokenizer_config=config)
+    parts["post_processor"] = None  # then nothing stands before a text, whatever add_bos_token says
+    bare = hf(tmp_path / "bare", tokenizer=parts, tokenizer_config=config)
+    other = hf(tmp_path / "other", tokenizer=parts)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert load_tokenizer(folder).encode("a<|im_end|>b") == [1, *ORIGINAL.encode("a"), 380, *INNER.encode("b")]
+    assert load_tokenizer(bare).encode("a") == ORIGINAL.encode("a")
+    with pytest.raises(LoadError, match="other/tokenizer.json: needs the package tokenizers: pip"):
+        load_tokenizer(other)
+
+
+def test_the_ids_of_indented_text_are_sentencepieces():
+    """transformers 5 ranks the merges of a tokenizer.model otherwise, and then cuts an indented return elsewhere."""
+    tokenizer = load_tokenizer(GOLDEN / "hf-gqa")
+    for text in "def f():\n    return 1", "a  b", "\tx\n\n   y   z":
+        assert tokenizer.encode(text, bos=False) == ORIGINAL.encode(text)
 
 
 def test_in_metas_layout_a_tokenizer_json_names_no_end_so_its_tokens_do(tmp_path):

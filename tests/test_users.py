@@ -4,21 +4,25 @@ import io
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import bench
 import evaluate
 import pytest
+import tasks
 import torch
 from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN
-from tiny import mistake, start, status, tiny_model
+from tiny import Bytes, mistake, start, status, tiny_model
+from torch.torch_version import TorchVersion
 
 import calibrate
 import generate
 from fast.one_row import Squares
+from model import dense
 from policies import load_settings, settings_path
 from skip import FFNSkip
-from support import common
+from support import common, measuring
 from support.common import find_checkpoint, model_name, read_utf8, to_json
 from support.measuring import measure, read_cosines, read_jsonl, read_text
 
@@ -79,6 +83,15 @@ def test_a_model_is_found_in_the_cache_by_its_name(hub, monkeypatch, tmp_path, c
     monkeypatch.delenv("HF_HUB_CACHE")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert find_checkpoint("meta-llama/Llama-2-7b-hf") == second
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    (tmp_path / "xdg" / "huggingface").mkdir(parents=True)
+    (tmp_path / "xdg" / "huggingface" / "hub").symlink_to(hub)
+    assert find_checkpoint("meta-llama/Llama-2-7b-hf").resolve() == second.resolve()
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    monkeypatch.setenv("HUGGINGFACE_HUB_CACHE", "$PLACE/hub")  # its old name
+    assert find_checkpoint("meta-llama/Llama-2-7b-hf") == second
     monkeypatch.chdir(tmp_path)
     (tmp_path / "meta-llama" / "Llama-2-7b-hf").mkdir(parents=True)  # an existing path comes first
     assert find_checkpoint("meta-llama/Llama-2-7b-hf") == common.Path("meta-llama/Llama-2-7b-hf")
@@ -113,6 +126,14 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert read_utf8(tmp_path / "p.txt") == "Once\nTom\n" and read_text([tmp_path / "t.jsonl"]) == "a"
     assert read_cosines(tmp_path / "c.csv").tolist() == [[0.5, 0.25]]
     assert load_settings(tmp_path / "s.json", "x", 2) == dict(cold_s=1)
+
+
+@pytest.mark.parametrize("text", ["cut \ud83d", "\udc00", {"inner": ["\udfff"]}])
+def test_half_a_surrogate_pair_in_a_record_is_named_with_its_line(text, tmp_path):
+    lines = [json.dumps(dict(text="\U0001f600")), json.dumps(dict(text=text)), json.dumps(dict(text="b"))]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="t.jsonl:2: half of a surrogate pair"):
+        read_jsonl(tmp_path / "t.jsonl", "text")
 
 
 def test_text_that_is_not_utf_8_is_named(tmp_path, capsys):
@@ -273,3 +294,54 @@ def test_a_trace_that_cannot_be_written_is_known_before_the_work(tmp_path, capsy
 
 def test_vectors_of_length_zero_have_the_cosine_zero():
     assert Squares().cosine(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4)) == 0
+
+
+# --- Macs, which nobody here has --------------------------------------------------------------------------------------
+
+
+class OnMps(torch.Tensor):
+    """A tensor that computes on the CPU and, like one on Apple's GPU, has no float64 before it is copied."""
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("work", ["quality", "perplexity", "likelihood"])
+def test_nothing_is_computed_in_float64_on_the_device(work, monkeypatch):
+    model = tiny_model(max_seq_len=32)
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda x: logits(x).as_subclass(OnMps))
+    ids = list(range(20))
+    if work == "quality":
+        assert measuring.quality(model, [(ids, 0)] * 2, FFNSkip(0, 4, math.inf, 5), {})["kl"] == 0
+    elif work == "perplexity":
+        assert tasks.perplexity(model, Bytes(), dense, None, tasks.Context(first=5))["top1_agreement"] == 1
+    else:
+        pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+        import lm_eval_model
+
+        lm = lm_eval_model.SkipLM(model, Bytes(), dense, tasks.Context())
+        assert lm._loglikelihood_tokens([(None, ids[:4], ids[4:6])])[0][0] < 0
+
+
+def test_attention_on_apples_gpu_is_not_used_where_it_is_wrong(monkeypatch):
+    """Before PyTorch 2.13 a token in 16 bits saw later ones there (pytorch/pytorch#195910), without an error."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    empty = torch.empty
+
+    def on_a_mac(*size, device=None):
+        return SimpleNamespace(device=torch.device("mps")) if device == "mps" else empty(*size, device=device)
+
+    monkeypatch.setattr(torch, "empty", on_a_mac)
+    for version, found in ("2.13.0", "mps"), ("2.14.1+cpu", "mps"), ("2.12.1", "cpu"), ("2.9.0", "cpu"):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        assert common.find_device(None).type == found
+        if found == "mps":
+            assert common.find_device("mps").type == "mps"
+        else:
+            with pytest.raises(ValueError, match="device mps is not available: .*before PyTorch 2.13: pip install -U"):
+                common.find_device("mps")

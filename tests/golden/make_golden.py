@@ -1,7 +1,7 @@
 """
 Writes the checkpoints of this folder and the logits that `transformers` computes from them:
 
-    pip install transformers gguf tokenizers && python tests/golden/make_golden.py
+    pip install transformers protobuf gguf tokenizers llama-cpp-python && python tests/golden/make_golden.py
 
 Random weights are drawn under Meta's names; `transformers` gets them through the permutation of its own conversion script, so
 that nothing here shares a line with load_weights.py. The tokens are the first 8 ids of two sentences.
@@ -9,11 +9,17 @@ that nothing here shares a line with load_weights.py. The tokens are the first 8
 hf-llama3 and llama3-f16.gguf have the rotary frequencies of Llama-3.1, for an original context of 256 tokens; "llama3" are
 the logits of the last 8 of "llama3_tokens", 250 tokens. They were made with transformers 5.24.0, torch 2.14.1 and gguf
 0.19.0; the rest, which does not depend on the versions, with those of its day.
+
+transformers.json is what transformers 5.24.0 makes of configurations: rotary frequencies, ends of text, and the ids of
+a folder that has both tokenizer.model and tokenizer.json (the same vocabulary, without what cuts and joins a text).
+llama_cpp.json is what llama-cpp-python 0.3.36 makes of tokens that a GGUF file adds to tokenizer.model.
 """
 
 import copy
+import itertools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import gguf
@@ -22,7 +28,7 @@ import sentencepiece
 import tokenizers
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).parent
 TEXT = HERE / "text.txt"
@@ -173,6 +179,141 @@ def write_gguf(path, w, n_kv_heads, vocabulary, quantised=None, rope_theta=10000
     return seen  # the weights as whoever reads the file sees them
 
 
+LINEAR, TOP = dict(rope_type="linear", factor=4.0), "original_max_position_embeddings"
+WITHOUT = {key: value for key, value in LLAMA_3.items() if key != TOP}
+PLAIN = dict(rope_type="default", rope_theta=777.0)
+ROPES = [  # changes of hf-llama3's config.json; null: that key is left out
+    {}, {"rope_scaling": None}, {"rope_scaling": None, "rope_parameters": LLAMA_3},
+    {"rope_parameters": PLAIN}, {"rope_scaling": PLAIN, "rope_parameters": LLAMA_3},
+    {"rope_parameters": PLAIN, "rope_theta": None}, {"rope_scaling": LLAMA_3 | dict(rope_theta=777.0)},
+    {"rope_scaling": None, "rope_parameters": PLAIN}, {"rope_scaling": {}, "rope_parameters": LLAMA_3},
+    {TOP: 64}, {TOP: 128, "rope_scaling": WITHOUT}, {"rope_scaling": WITHOUT},
+    {TOP: 32, "rope_scaling": None, "rope_parameters": LLAMA_3}, {TOP: 32, "rope_scaling": None},
+    {"rope_scaling": LINEAR | dict(factor=1.0)}, {"rope_scaling": dict(type="dynamic", factor=1)},
+    {"rope_scaling": LINEAR | dict(factor=1.0), "rope_parameters": LLAMA_3},
+]  # fmt: skip
+ENDS = [  # eos_token_id of config.json and of generation_config.json (null: it says none; "none": there is no file)
+    (2, [7, 8]), (2, 7), ([2, 3], [7]), (2, "none"), ([2, 3], "none"), (0, "none"), (2, 0), ([9], [0, 9]),
+]  # fmt: skip
+TEXTS = "Paris is", "<s>user", "</s> user", "a</s>b", "a<s>  b", "  x  y", "def f():\n    return <s>1"
+SPACES = ["prepend", "first", "always", "never"]
+CLASSES = ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", None]
+
+
+def spaces(style):
+    """What a tokenizer.json says of the space before a text: in its normalizer, or as a pre-tokenizer."""
+    replace = dict(type="Replace", pattern=dict(String=" "), content="▁")
+    if style == "prepend":
+        parts = [dict(type="Prepend", prepend="▁"), replace]
+        return dict(normalizer=dict(type="Sequence", normalizers=parts), pre_tokenizer=None)
+    metaspace = dict(type="Metaspace", replacement="▁", prepend_scheme=style, split=False)
+    return dict(normalizer=None, pre_tokenizer=metaspace)
+
+
+def write_tokenizer_json(sp):
+    """The vocabulary of a sentencepiece model as a tokenizer.json."""
+    pieces = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
+    merges = []
+    for piece, i in pieces.items():
+        for cut in range(1, len(piece)):
+            if piece[:cut] in pieces and piece[cut:] in pieces and not sp.is_byte(i) and not sp.is_control(i):
+                merges.append((-sp.get_score(i), piece[:cut], piece[cut:]))
+    merges = [merge[1:] for merge in sorted(merges, key=lambda merge: merge[0])]
+    model = tokenizers.models.BPE(pieces, merges, fuse_unk=True, byte_fallback=True, unk_token="<unk>")
+    tokenizer, decode = tokenizers.Tokenizer(model), tokenizers.decoders
+    parts = decode.Replace("▁", " "), decode.ByteFallback(), decode.Fuse(), decode.Strip(" ", 1, 0)
+    tokenizer.decoder = decode.Sequence(list(parts))
+    special = [tokenizers.AddedToken(text, normalized=False, special=True) for text in ("<unk>", "<s>", "</s>")]
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(HERE / "tokenizer.json"), pretty=False)
+
+
+def write_transformers_json():
+    """Each case is a folder, opened as a user of transformers opens it."""
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(HERE / "tokenizer.model"))
+    write_tokenizer_json(sp)
+    plain = json.loads((HERE / "hf-llama3" / "config.json").read_text())
+    out = dict(ropes=[], ends=[], texts=TEXTS, ids=[])
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+
+        def write(name, value):
+            (folder / name).write_text(json.dumps(value))
+
+        for changes in ROPES:
+            changed = plain | changes
+            write("config.json", {key: value for key, value in changed.items() if value is not None})
+            rotary = LlamaForCausalLM(AutoConfig.from_pretrained(folder)).model.rotary_emb
+            out["ropes"].append([changes, rotary.inv_freq.double().tolist()])
+        write("config.json", plain)
+        LlamaForCausalLM(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+        for own, generation in ENDS:
+            write("config.json", plain | dict(eos_token_id=own))
+            write("generation_config.json", dict(eos_token_id=generation))
+            if generation == "none":
+                (folder / "generation_config.json").unlink()
+            ends = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+            out["ends"].append([own, generation, ends if isinstance(ends, list) else [ends]])
+        shutil.copy(HERE / "tokenizer.model", folder)
+        parts = json.loads((HERE / "tokenizer.json").read_text())
+        for style, legacy, name in itertools.product(SPACES, [None, False, True], CLASSES):
+            write("tokenizer.json", parts | spaces(style))
+            stated = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", legacy=legacy, tokenizer_class=name)
+            stated = {key: value for key, value in stated.items() if value is not None}
+            write("tokenizer_config.json", stated)
+            ids = AutoTokenizer.from_pretrained(folder)(list(TEXTS))["input_ids"]
+            out["ids"].append([spaces(style), stated, ids])
+    lines = [f'"texts": {json.dumps(TEXTS)}']
+    for key in "ropes", "ends", "ids":
+        rows = ",\n".join(json.dumps(row) for row in out[key])
+        lines.append(f'"{key}": [\n{rows}\n]')
+    (HERE / "transformers.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+ADDED = [  # tokens after those of tokenizer.model, with their kinds
+    *([["<|im_start|>", CONTROL], ["<|im_end|>", kind]] for kind in (NORMAL, CONTROL, USER_DEFINED)),
+    *([["<|user|>", USER_DEFINED], ["\t\t", USER_DEFINED], ["<|end|>", kind]] for kind in (NORMAL, USER_DEFINED)),
+    [["▁▁▁▁", USER_DEFINED], ["   ", USER_DEFINED], ["<|im_start|>user", USER_DEFINED], ["<|im_start|>", USER_DEFINED]],
+    [["<end_of_turn>", NORMAL], ["<EOT>", USER_DEFINED], ["[EOT]", NORMAL], ["[EOS]", CONTROL], ["<eos>", USER_DEFINED]],
+    [["<|eot_id|>", NORMAL], ["<|eom_id|>", USER_DEFINED], ["<|end_of_text|>", NORMAL], ["<|endoftext|>", CONTROL]],
+]
+ADDED_TEXTS = [
+    "<|im_start|>user\nHi<|im_end|>\n", "<|user|>Paris is<|end|>", "a\t\tb \t\t c", "x    y       z", "<s>a</s> b",
+    " <|user|> <|user|>a", "Paris<|im_start|>user<|im_start|>", "a<|eot_id|>b", "<end_of_turn> x<EOT>y", "",
+]  # fmt: skip
+
+
+def write_llama_cpp_json():
+    """Lines of [added tokens, ends of text, the ids of each text]."""
+    import llama_cpp
+
+    sp, lines = sentencepiece.SentencePieceProcessor(model_file=str(HERE / "tokenizer.model")), []
+    for added in ADDED:
+        n = range(sp.vocab_size())
+        kinds = [2 * sp.is_unknown(i) or 3 * sp.is_control(i) or 6 * sp.is_byte(i) or 1 for i in n]
+        with tempfile.TemporaryDirectory() as folder:
+            writer = gguf.GGUFWriter(Path(folder) / "x.gguf", "llama")
+            writer.add_tokenizer_model("llama")
+            writer.add_token_list([sp.id_to_piece(i) for i in n] + [piece for piece, _ in added])
+            writer.add_token_scores([sp.get_score(i) for i in n] + [-1000.0] * len(added))
+            writer.add_token_types(kinds + [kind for _, kind in added])
+            writer.add_bos_token_id(1)
+            writer.add_eos_token_id(2)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.close()
+            model = llama_cpp.Llama(f"{folder}/x.gguf", vocab_only=True, verbose=False)
+        vocab = llama_cpp.llama_model_get_vocab(model.model)
+        ends = [i for i in range(model.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, i)]
+        ids = [model.tokenize(text.encode(), add_bos=True, special=True) for text in ADDED_TEXTS]
+        lines.append(json.dumps([added, ends, ids]))
+    lines = ",\n".join(lines)
+    text = f'{{"texts": {json.dumps(ADDED_TEXTS)},\n"added": [\n{lines}\n]}}\n'
+    (HERE / "llama_cpp.json").write_text(text, encoding="utf-8")
+
+
 def main():
     for path in HERE.iterdir():
         if path.is_dir():
@@ -282,6 +423,9 @@ def main():
             seen = write_gguf(HERE / "gqa-q8_0.gguf", w, n_kv_heads, bpe_vocabulary, gguf.GGMLQuantizationType.Q8_0)
             out["gqa-q8_0"] = logits(hugging_face_weights(seen, n_kv_heads), config(vocab_size, dtype, **sizes), tokens)
     save_file(out, HERE / "logits.safetensors")
+    write_transformers_json()
+    write_llama_cpp_json()
 
 
-main()
+if __name__ == "__main__":
+    main()
