@@ -18,13 +18,12 @@ FOREIGN = {  # the first bytes of what is often found under a file's name -> wha
     b"version https://git-lfs": "a Git LFS pointer and not the file itself: git lfs pull fetches it",
     b"<": "a web page and not the file itself: download it again",
 }
-# what a trainer leaves beside the weights of a model
 ORDER = (  # in which weights are preferred, by the names of their files
     "model.safetensors", "model-*.safetensors", "consolidated*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin",
     "consolidated*.pth", "*.safetensors", "*.bin", "*.pth",
 )  # fmt: skip
-# what a trainer leaves beside the weights of a model
-OTHERS = "adapter|optim|sched|training_args|rng_state|random_states|pytorch_lora"
+# what a trainer, or a fit, leaves beside the weights of a model
+OTHERS = r"adapter|optim|sched|training_args|rng_state|random_states|pytorch_lora|(.*\.)?standins\."
 # tables and masks that real files carry, and that model.py computes
 BUFFERS = r"rope\.freqs|inv_freq|freqs_(cis|cos|sin)|(cos|sin)_cached|position_ids|(^|[._])mask|masked_bias"
 
