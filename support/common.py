@@ -161,7 +161,8 @@ def fingerprint(model):
     for name, weight in model.state_dict().items():
         dim = parallel.split_dim(name)
         n = len(weight) * (parallel.size if dim == 0 else 1)
-        step, own = max(1, n // 4), parallel.share(name, n, 0)
+        step = max(1, n // 16) if weight.dim() > 1 else 1
+        own = parallel.share(name, n, 0)
         rows = weight[-own.start % step :: step].to(dtype).view(torch.int16)
         bits = int(rows.cpu().numpy().sum(dtype="int64")) * zlib.crc32(name.encode())
         if dim is None:

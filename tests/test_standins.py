@@ -34,7 +34,7 @@ def random_fit(model, rank=3, seed=0):
 
 def write_fit(path, model, fitted, budgets):
     """A fit file of the model; its name as text."""
-    about = dict(budgets=json.dumps(budgets), weights=str(standins.fingerprint(model)), model='"tiny"')
+    about = dict(budgets=json.dumps(budgets), weights_checksum=json.dumps(common.fingerprint(model)), model='"tiny"')
     save_file({name: value.contiguous() for name, value in fitted.items()}, str(path), about)
     return str(path)
 
