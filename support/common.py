@@ -37,8 +37,8 @@ class LoadError(ValueError):
 
 
 def first_line(error):
-    """What an error says, without its second line; of one about a file what is wrong, without the file's name."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+    """What an error says, without its second line; of the system's what is wrong, without a file's name."""
+    if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
