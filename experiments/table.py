@@ -50,7 +50,9 @@ class Table:
         for line in self.text.split("\n"):
             if line.startswith("# settings: "):
                 kept |= json.loads(line.removeprefix("# settings: "))
-        check_settings(self.path, kept, self.settings, "give another --output, or delete it")
+        folder = self.path.parent / self.name  # of answers, which the task may have left
+        also = f" and {folder}" if folder.is_dir() else ""
+        check_settings(self.path, kept, self.settings, f"give another --output, or delete it{also}")
         self.head = self.command  # to be written before the next row
         if not as_json(self.settings).items() <= kept.items():
             self.head += f"# settings: {common.to_json(self.settings, sort_keys=True)}\n"

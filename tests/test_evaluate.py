@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import re
 import sys
 from pathlib import Path
 from statistics import median

@@ -222,7 +222,7 @@ def test_every_version_of_a_policy_has_answers_of_its_own(run, tmp_path):
 def test_every_warm_up_has_answers_of_its_own(run, tmp_path):
     code = MINE.format(0).replace("warm_up_index = -1", "warm_up_index = warm_up_index")
     (tmp_path / "mine.py").write_text(code.replace("step.token_index < 0", "step.token_index <= warm_up_index"))
-    run("mtbench", f"--policies={tmp_path}/mine.py:make", "--warm-up-index=-1,7")
+    run("mtbench", f"--policies={tmp_path}/mine.py:make", "--warm-up-index=-1,2")
     first, second = turns(tmp_path / "t").values()
     assert first != second
 
@@ -232,9 +232,10 @@ def test_answers_of_another_model_are_refused(run, tmp_path):
     run("mtbench", "--policies=dense")
     (tmp_path / "t.csv").unlink()
     run("mtbench", "--policies=dense")  # of the same model they count
-    (tmp_path / "t.csv").unlink()
     checkpoint(tmp_path / "m", scale=3)
     before = turns(tmp_path / "t")
+    assert f"or delete it and {tmp_path}/t" in run("mtbench", "--policies=dense", "wrong")
+    (tmp_path / "t.csv").unlink()
     said = run("mtbench", "--policies=dense", "wrong")
     assert f"{tmp_path}/t: made with other settings (weights_checksum): give another --output, or delete the f" in said
     assert turns(tmp_path / "t") == before

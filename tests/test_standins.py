@@ -268,6 +268,23 @@ def test_what_is_held_out_is_the_end_of_every_file_and_not_fitted_on(model, tmp_
         assert first == ids[prompt_len]
 
 
+def test_no_window_is_within_the_warm_up_or_longer_than_the_context(tmp_path):
+    """A rest of text that is all warm-up is not what is held out; an answer that fills the context ends with it."""
+    model, options = tiny_model(vocab_size=128, max_seq_len=96), argparse.Namespace(text=[], tokens=2 * 970, seed=0)
+    for name in "a", "b":
+        options.text.append(tmp_path / f"{name}.txt")
+        options.text[-1].write_text("\n".join(f"Sentence {i} of {name} is here." for i in range(200)))
+    tokenizer = Bytes()
+    tokenizer.encode = lambda text, bos=None: [1] * (bos is None) + list(text.encode())
+    tokenizer.eos_ids = set()
+    windows, text_held, chat_held = fit_standins.gather(model, tokenizer, options)
+    assert len(text_held) == 2 and max(len(ids) for ids, _ in chat_held) == 96
+    for ids, prompt_len in windows + text_held + chat_held:
+        assert 26 < len(ids) - prompt_len and len(ids) <= 96
+    policy = standins.StandIns(standins.ready(random_fit(model), torch.float32), 0.0, 100)
+    assert measuring.quality(model, text_held, policy, {})["perplexity"] > 1
+
+
 def sentence_number(window):
     return int(re.search(rb"Sentence (\d+)", bytes(window[0]))[1])
 
