@@ -42,6 +42,10 @@ def test_a_fingerprint_tells_what_training_changes(part):
     name = [name for name in model.state_dict() if f".{part}.weight" in f".{name}"][-1]
     model.state_dict()[name].mul_(1.01)
     assert fingerprint(model) != before
+    if part == "attention_norm":
+        wide = tiny_model(dim=64)
+        before, wide.norm.weight[3] = fingerprint(wide), 2.0  # a single number of a vector
+        assert fingerprint(wide) != before
     half = fingerprint(tiny_model(dtype=torch.float16))
     assert half.split()[0] != before.split()[0]  # of which it cannot be told
 
@@ -254,14 +258,14 @@ def add(table, policy, kl=0.5):
 def test_two_runs_fill_one_table(tmp_path):
     """Each sees the other's rows, one header stands above all, and no row is there twice."""
     one, two = (Table(tmp_path / "t.csv", dict(task="x")) for _ in range(2))
-    for each, policy in (one, "dense"), (two, "dense"), (two, "a"), (one, "b"), (two, "b"):
+    for each, policy in (one, "dense"), (two, "dense"), (two, "a"), (one, "b"), (two, "b"), (one, "c"):
         add(each, policy)
-    assert [row["policy"] for row in table.read(tmp_path / "t.csv")] == ["dense", "a", "b"]
+    assert [row["policy"] for row in table.read(tmp_path / "t.csv")] == ["dense", "a", "b", "c"]
     assert (tmp_path / "t.csv").read_text().count("policy,skip") == 1
-    assert [record["policy"] for record in read_records(one.items)] == ["dense", "a", "b"]
+    assert [record["policy"] for record in read_records(one.items)] == ["dense", "a", "b", "c"]
     two.settings = dict(task="y")
     with pytest.raises(ValueError, match=r"t.csv: made with other settings \(task\)"):
-        add(two, "c")
+        add(two, "d")
 
 
 def test_a_table_waits_while_another_run_adds_its_row(tmp_path):
