@@ -29,6 +29,7 @@ loaded. Under torchrun bytes and memory are those of the first process, FLOPs of
 """
 
 import csv
+import io
 import math
 import platform
 import random
@@ -310,16 +311,18 @@ def check_out(path):
     if path.exists() and path.read_text().split("\n")[0].split(",") != FIELDS:
         raise ValueError(f"{path}: has other columns than this version of bench.py writes: move it away")
     path.parent.mkdir(parents=True, exist_ok=True)
+    common.check_outputs(path)
 
 
 def save(path, rows):
     """Appends rows, dicts with the keys FIELDS, to the CSV."""
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
+    out, before = io.StringIO(), common.read_utf8(path) if path.exists() else ""
+    writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
+    if not before:
+        writer.writeheader()
+    for row in rows:
+        writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
+    common.write_whole(path, before + out.getvalue())
 
 
 def device_name(device):

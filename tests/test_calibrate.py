@@ -280,6 +280,32 @@ def test_windows_held_out_are_not_among_those_measured(own_text, tmp_path):
         assert windows + held_out == text_windows(Bytes(), NUMBERS, 1000, size=64)  # in the order of the text, and all
 
 
+def read_back(files, max_tokens, folder):
+    """The windows that calibrate.py makes of {name: text}, as texts: (to measure on, held out, the name of all)."""
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    names = [str(folder / name) for name in files]
+    options = calibrate.parse_args(["--text", *names, "--max-tokens", str(max_tokens), "--warm-up-index", "5"])
+    *parts, corpus = gather_windows(tiny_model(vocab_size=128, max_seq_len=64), Bytes(), options)
+    return *([bytes(ids).decode() for ids, _ in windows] for windows in parts), corpus
+
+
+def test_as_much_of_every_file_is_measured_and_held_out(tmp_path):
+    """Its end is held out; a file that gives nothing is an error, and many files give a window each."""
+    measured, held_out, corpus = read_back({"a": "a" * 9999, "b": "b" * 9999}, 768, tmp_path)
+    assert sorted(text[0] for text in measured) == ["a"] * 4 + ["b"] * 4
+    assert sorted(text[0] for text in held_out) == ["a"] * 2 + ["b"] * 2 and corpus == "a, b"
+    digits = {"n": NUMBERS, "b": "b" * 9999}
+    measured, held_out, _ = read_back(digits, 768, tmp_path)
+    assert [text for text in measured + held_out if text[0] != "b"] == [NUMBERS[i : i + 64] for i in range(0, 384, 64)]
+    many = {f"{i}": str(i) * 100 for i in range(9)}
+    measured, held_out, _ = read_back(many, 9 * 20, tmp_path)
+    assert [text[0] for text in measured + held_out] == list(many) and len(held_out) == 3
+    for files in {"a": "a" * 999, "short": "b"}, {"a": "a" * 999, "empty": ""}:
+        with pytest.raises(ValueError, match=f"{list(files)[1]}: too little text, or too few --max-tokens"):
+            read_back(files, 768, tmp_path)
+
+
 @pytest.fixture(params=[38, 5], ids=["one threshold", "a threshold per layer"])
 def calibrated(request, tmp_path, monkeypatch):
     """What main() does with an eight-layer model: its settings file, the model, and the windows it worked on."""
@@ -308,7 +334,7 @@ def test_the_ratios_in_the_settings_are_what_the_shifts_skip_of_the_text_held_ou
     settings = json.loads(file.read_text())
     assert abs(settings["achieved_skip"] - 0.2) <= 0.01
     loaded = policies.load_settings(file, "tiny", 8)
-    policy = FFNSkip(**{key: value for key, value in loaded.items() if key != "ratios"})
+    policy = FFNSkip(**{key: value for key, value in loaded.items() if key not in ("ratios", "made_for")})
     shifts, ratios = zip(*settings["ratios"])
     assert ratios[0] <= 0.03 and ratios[-1] >= 0.35 and len(ratios) > 6
     assert isinstance(policy.sim_threshold, list) == ("per layer" in settings["chosen"])

@@ -51,7 +51,7 @@ def look(path):
     return dict(
         logits=torch.cat(parts, dim=1), ids=ids, ran=[one.ran for one in trace.passes], sums=len(sums),
         cosine=[one.cosine for one in trace.passes], blocks=sum(map(sum, ran)), skipped=any(a > b for a, b in ran),
-        weights=weights, complete=cache.complete(), cache=tuple(cache.k.shape),
+        weights=weights, fingerprint=common.fingerprint(model), complete=cache.complete(), cache=tuple(cache.k.shape),
     )
 
 
@@ -110,6 +110,7 @@ def check(folder, n, paths):
         assert (first["logits"] - one["logits"]).abs().max() <= 1e-5 * one["logits"].abs().max()
         assert str(first["ran"]) == str(one["ran"]) and first["ids"] == one["ids"]
         assert one["sums"] == 0 and first["sums"] == first["blocks"]  # no block that is skipped sends anything
+        assert first["fingerprint"] == one["fingerprint"]
         assert first["cache"][2] == one["cache"][2] / n
         for name, shape in one["weights"].items():
             split = name.startswith("layers.") and len(shape) == 2

@@ -33,7 +33,7 @@ def random_fit(model, rank=3, seed=0):
 
 def write_fit(path, model, fitted, budgets):
     """A fit file of the model; its name as text."""
-    about = dict(budgets=json.dumps(budgets), weights=str(standins.fingerprint(model)), model='"tiny"')
+    about = dict(budgets=json.dumps(budgets), weights_checksum=json.dumps(common.fingerprint(model)), model='"tiny"')
     save_file({name: value.contiguous() for name, value in fitted.items()}, str(path), about)
     return str(path)
 
@@ -295,6 +295,23 @@ def test_what_is_held_out_is_the_end_of_every_file_and_not_fitted_on(model, tmp_
     for ids, prompt_len in [window for window in windows if window[1]] + chat_held:
         first = next(generate.generate(model, ids[:prompt_len], 1))
         assert first == ids[prompt_len]
+
+
+def test_no_window_is_within_the_warm_up_or_longer_than_the_context(tmp_path):
+    """A rest of text that is all warm-up is not what is held out; an answer that fills the context ends with it."""
+    model, options = tiny_model(vocab_size=128, max_seq_len=96), argparse.Namespace(text=[], tokens=2 * 970, seed=0)
+    for name in "a", "b":
+        options.text.append(tmp_path / f"{name}.txt")
+        options.text[-1].write_text("\n".join(f"Sentence {i} of {name} is here." for i in range(200)))
+    tokenizer = Bytes()
+    tokenizer.encode = lambda text, bos=None: [1] * (bos is None) + list(text.encode())
+    tokenizer.eos_ids = set()
+    windows, text_held, chat_held = fit_standins.gather(model, tokenizer, options)
+    assert len(text_held) == 2 and max(len(ids) for ids, _ in chat_held) == 96
+    for ids, prompt_len in windows + text_held + chat_held:
+        assert 26 < len(ids) - prompt_len and len(ids) <= 96
+    policy = standins.StandIns(standins.ready(random_fit(model), torch.float32), 0.0, 100)
+    assert measuring.quality(model, text_held, policy, {})["perplexity"] > 1
 
 
 def sentence_number(window):

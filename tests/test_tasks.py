@@ -15,7 +15,7 @@ from generate import generate
 from model import KVCache, dense
 from policies import baselines
 from skip import FFNSkip
-from support.common import first_difference
+from support.common import first_difference, note
 from support.measuring import mean_interval, paired_interval
 from support.tracing import Trace
 
@@ -305,6 +305,29 @@ def test_worstcase_by_hand(model):
     never, index = trace.ran[:, 0].all(0), trace.token_index[0]
     assert result["never"] == never[index > 4].double().mean()
     assert 0 < result["never"] < 1
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_story_that_is_too_long_loses_its_end_and_not_the_instruction(model, prompted, tmp_path, capsys, chat):
+    """It is counted; an answer before a second turn is cut likewise, and what would lose more than that is an error."""
+    note.cache_clear()
+    context = Context(max_new_tokens=24, chat=chat, answers=tmp_path / "a" / "answers.jsonl", label="summarize x")
+    stories = [dict(question_id=i, turns=[readers.SUMMARIZE + text]) for i, text in enumerate((STORY, STORY * 40))]
+    row = tasks.write_answers(model, Bytes(), dense, stories, context)
+    short, long = sorted(prompted, key=len)
+    head, tail = ("[user] ", "\n") if chat else (PAPER_CHAT.split("<")[0], " ASSISTANT:")
+    assert short == head + readers.SUMMARIZE + STORY + tail
+    assert long.startswith(head + readers.SUMMARIZE + STORY) and long.endswith(tail) and 960 < len(long) <= 1000
+    assert row["prompts_cut"] == 1 and "summarize x: 1 of 2 prompts were too long" in capsys.readouterr().err
+    turns = ["One?", "word " * 400, "Two?"]
+    ids, cut = tasks.fitting_ids(model, Bytes(), turns, context)
+    assert cut and "One?" in Bytes().decode(ids) and "Two?" in Bytes().decode(ids) and len(ids) <= 1000
+    assert tasks.fitting_ids(model, Bytes(), turns[:1], context) == (tasks.chat_ids(Bytes(), turns[:1], context), 0)
+    context.max_new_tokens = 1000
+    with pytest.raises(ValueError, match="and 1000 new ones are more than the model's max_seq_len 1024: give"):
+        tasks.write_answers(model, Bytes(), dense, [dict(question_id=7, turns=["Why? " * 99])], context)
+    with pytest.raises(ValueError, match="a prompt of 30 tokens and 1000 new ones"):
+        tasks.collapse(model, Bytes(), dense, [dict(text=STORY)], Context(max_new_tokens=1000, prompt_tokens=30))
 
 
 def test_answers_are_those_of_each_record_alone(model, tmp_path):
