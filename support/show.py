@@ -327,9 +327,6 @@ def tell(generations, prompts, options, settings):
     """What is told when all is written: JSON or the texts that were not streamed, the trace, the lines that sum up."""
     reports = [generation.report() for generation in generations]
     extra = comparison(generations, reports) if options.compare else {}
-    if options.trace:
-        write_trace(options.trace, generations, prompts)
-        note(f"[trace written to {options.trace}]")
     if options.json:
         used = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_p", "seed")}
         weight = generations[0].model.tok_embeddings.weight
@@ -340,6 +337,10 @@ def tell(generations, prompts, options, settings):
         print(common.to_json(report))
     elif len(prompts) > 1:
         print_texts(generations, prompts)
+    if options.trace:  # after the answer, which a full disk must not lose
+        sys.stdout.flush()
+        write_trace(options.trace, generations, prompts)
+        note(f"[trace written to {options.trace}]")
     if options.compare and len(prompts) == 1 and not options.json:
         show_blocks(generations[-1])
     for report in reports:
