@@ -140,9 +140,14 @@ def test_skipping_is_reported_traced_and_compared(tmp_path, run, report):
     assert sum((ord(char) & 0xFF).bit_count() for char in picture) == skipped
 
 
-def test_the_first_difference_of_several_prompts_is_one_per_prompt(run, report):
-    prompts = "Layers 3 to", "Once upon", "The quick brown"
-    out = report(*SKIP, "--max-new-tokens", "10", "--compare", *prompts)
+def test_the_first_difference_of_several_prompts_is_one_per_prompt(tmp_path, run, report):
+    """And of each the trace has its own tokens, without the padding before a shorter one."""
+    prompts, trace = ("Layers 3 to", "Once upon", "The quick brown"), tmp_path / "trace.csv"
+    out = report(*SKIP, "--max-new-tokens", "10", "--compare", "--trace", str(trace), *prompts)
+    rows = list(csv.DictReader(trace.open(encoding="utf-8")))
+    for prompt, (n, new) in enumerate(zip(out["prompt_tokens"], out["new_tokens"])):
+        index = [int(row["token_index"]) for row in rows if row["prompt"] == str(prompt)]
+        assert index == list(range(-n, new - 1))
     for row, first in enumerate(out["first_difference"]):
         mine, dense = out["token_ids"][row], out["dense"]["token_ids"][row]
         assert mine == dense if first is None else mine[:first] == dense[:first] and mine[first:] != dense[first:]
@@ -231,6 +236,7 @@ WRONG = {
     "temperature": (["--temperature", "-1", "x"], "--temperature -1.0"),
     "top-p": (["--top-p", "0", "x"], "--top-p 0.0"),
     "skip": (["--skip", "1", "x"], "--skip 1.0"),
+    "seed": (["--seed", str(2**63), "x"], "is not a number from 0 to 2^63 - 1"),
     "no tokens": (["--max-new-tokens", "0", "x"], "0 is not a positive number"),
     "too long": (["word " * 80], "more than the model's max_seq_len 64"),
     "compare nothing": (["--compare", "x"], "--compare needs a policy"),

@@ -41,7 +41,7 @@ def test_settings_come_from_the_folder_of_the_checkpoint_and_flags_override_them
     folder = tmp_path / "tiny"
     folder.mkdir()
     assert find_settings(options(), folder, 4) == {}
-    (folder / "skip.json").write_text(json.dumps(SETTINGS))
+    (folder / "skip.json").write_text(json.dumps(SETTINGS | dict(model="Tiny")))
     assert find_settings(options(), folder, 4) == dict(cold_s=1, cold_e=3, sim_threshold=0.9, k=2)
     found = find_settings(options("--cold-e", 4, "--k", 0), folder, 4)
     assert found == dict(cold_s=1, cold_e=4, sim_threshold=0.9, k=None)
