@@ -1,6 +1,7 @@
 """common.py and policies.py: settings and where they are found, policies by name, and mistakes told in one line."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,15 +311,20 @@ def test_a_checkpoint_is_a_path_or_a_name_under_checkpoints(tmp_path, monkeypatc
         common.find_checkpoint("yours")
 
 
-def test_what_has_to_be_writable_is_the_file_or_where_there_is_none_its_folder(tmp_path, monkeypatch):
-    """By a stand-in for os.access, which allows the superuser everything."""
-    there, new = tmp_path / "there", tmp_path / "new"
+def test_a_file_and_its_folder_have_to_be_writable(tmp_path, monkeypatch):
+    """
+    The folder, for what is renamed into it, and a file that is there already; of a device or a pipe nothing else. By a
+    stand-in for os.access, which allows the superuser everything.
+    """
+    there, new, device = tmp_path / "there", tmp_path / "new", Path("/dev/null")
     there.touch()
-    for writable, refused in (there, new), (tmp_path, there):
-        monkeypatch.setattr("os.access", lambda path, mode: path == writable)
-        common.check_outputs(*{there, new} - {refused})
-        with pytest.raises(ValueError, match=f"{refused.name}: cannot be written: no permission"):
-            common.check_outputs(refused)
+    cases = ({tmp_path, there}, {there, new}), ({tmp_path}, {new}), ({there}, set()), ({device}, {device})
+    for writable, fine in cases:
+        monkeypatch.setattr("os.access", lambda path, mode: path in writable)
+        common.check_outputs(*fine)
+        for refused in {there, new, device} - fine:
+            with pytest.raises(ValueError, match=f"{refused.name}: cannot be written: no permission"):
+                common.check_outputs(refused)
 
 
 def test_the_first_difference_by_hand():
