@@ -349,9 +349,3 @@ def test_text_of_the_models_own_is_not_that_which_policies_are_calibrated_on(mod
     monkeypatch.setattr(tasks, "written_text", lambda *args: seeds.append(args[3]) or torch.tensor([[1, 2, 3, 4]] * 2))
     tasks.perplexity(model, Bytes(), dense, None, Context(seed=5, window=4))
     assert seeds == [6]  # evaluate.calibrate has 5
-
-
-def test_of_a_prompt_that_is_too_long_the_end_is_read(model):
-    ids = [*range(1, 120)] * 10
-    (text,) = tasks.write_texts(model, Bytes(), dense, [ids], Context(max_new_tokens=8), stop=False)
-    assert text.ids == list(generate(model, ids[-(1024 - 8) :], 8)) and text.ran.size(1) == 1024 - 1
