@@ -16,6 +16,7 @@ import functools
 import math
 import sys
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 
 import numpy
@@ -145,13 +146,15 @@ def parse_args(argv):
 
 
 def gather_windows(model, tokenizer, options):
-    """Windows to measure on and windows held out, two thirds and one third of --max-tokens; and a name for the text."""
+    """
+    Windows to measure on and windows held out, two thirds and one third of --max-tokens, as many of each file; and a
+    name for the text.
+    """
     size, least = min(512, model.args.max_seq_len), options.warm_up_index + 9  # tokens per window
-    if options.text:
-        corpus = ", ".join(Path(file).name for file in options.text)
-        windows = text_windows(tokenizer, read_text(options.text), options.max_tokens, size)
-    else:
-        corpus = "the model's own text"
+    texts = {}
+    for file in options.text or ():
+        texts[file] = text_windows(tokenizer, read_text([file]), options.max_tokens // len(options.text), size)
+    if not options.text:
         begin = tokenizer.bos_id
         if begin is None:
             begin = min(tokenizer.eos_ids, default=None)
@@ -159,13 +162,20 @@ def gather_windows(model, tokenizer, options):
             raise ValueError("the tokenizer names no token that begins or ends a text: give --text")
         n_texts = max(2, min(8, options.max_tokens // (size - 1)))
         written = written_text(model, n_texts, size - 1, options.seed, begin)
-        windows = [([begin, *ids], 1) for ids in written.tolist()]
-    windows = [(ids, prompt_len) for ids, prompt_len in windows if len(ids) - prompt_len >= least]
+        texts["the model's own text"] = [([begin, *ids], 1) for ids in written.tolist()]
+    ordered = []  # by their place in their file, so that the ends of all are held out
+    for file, windows in texts.items():
+        windows = [(ids, prompt_len) for ids, prompt_len in windows if len(ids) - prompt_len >= least]
+        if not windows:
+            raise ValueError(f"{file}: too little text, or too few --max-tokens: of each file a window of at least "
+                             f"{least} tokens is needed")
+        ordered += [(i / len(windows), window) for i, window in enumerate(windows)]
+    windows = [window for _, window in sorted(ordered, key=itemgetter(0))]
     if len(windows) < 2:
         raise ValueError(f"too little text: two windows of at least {least} tokens are needed, "
                          "one to measure on and one to verify on")
     held_out = max(1, len(windows) // 3)
-    return windows[:-held_out], windows[-held_out:], corpus
+    return windows[:-held_out], windows[-held_out:], ", ".join(Path(file).name for file in texts)
 
 
 def choose(model, held_out, cosines, makers, options):
@@ -255,6 +265,7 @@ def main(argv=None):
         verified = f"achieved {achieved:.3f}"
 
     settings = dict(model=name, n_layers=len(curve), **asdict(policy))
+    settings["weights_checksum"] = common.fingerprint(model) if model else None
     settings["ratios"] = find_ratios(cosines, policy, ratio_of)
     settings |= dict(target_skip=options.skip, predicted_skip=predicted, achieved_skip=achieved)
     settings |= dict(chosen=chosen, quality=measured, over={other: result for other, (_, result) in found.items()})
@@ -262,9 +273,10 @@ def main(argv=None):
     settings |= dict(curve=[round(value, 4) for value in curve.tolist()], note=note)
     if parallel.rank > 0:
         return  # the first process writes what they have measured together
+    common.write_whole(out, common.to_json(settings, indent=1) + "\n")
     if options.save_cosines:
-        numpy.savetxt(options.save_cosines, cosines, fmt="%.5f", delimiter=",")
-    out.write_text(common.to_json(settings, indent=1) + "\n", encoding="utf-8")
+        write = functools.partial(numpy.savetxt, X=cosines, fmt="%.5f", delimiter=",")
+        common.write_whole(options.save_cosines, write)
     print(f"chosen: {chosen}; predicted {predicted:.3f}; {verified}; written to {out}")
 
 

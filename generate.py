@@ -40,7 +40,6 @@ def sample(logits, temperature=0.0, top_p=1.0, generator=None):
     if top_p < 1:
         probs, index = probs.sort(dim=-1, descending=True)
         before = probs.cumsum(-1) - probs  # what the likelier tokens hold (Holtzman et al. 2020)
-        before[..., 0] = 0  # rounding must not exclude the likeliest
         probs[before >= max(top_p, 1e-30)] = 0
         probs = torch.zeros_like(probs).scatter(-1, index, probs)
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)

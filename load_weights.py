@@ -26,7 +26,6 @@ References:
 import functools
 import math
 import re
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -36,7 +35,7 @@ from fast import accelerate, parallel
 from model import ModelArgs, Transformer
 from support import common
 from support.checkpoint_report import describe, save
-from support.common import LoadError
+from support.common import LoadError, note
 from support.gguf_file import ADVICE, read_gguf
 from support.tokenizer import load_tokenizer
 from support.weight_files import (
@@ -115,11 +114,6 @@ def read_checkpoint(path):
     for error in errors.values():
         raise error
     raise LoadError(f"{source}: no weights: expected model*.safetensors, pytorch_model*.bin or consolidated*.pth")
-
-
-@functools.lru_cache  # once is enough
-def note(line):
-    print(line, file=sys.stderr)
 
 
 def read_set(folder, name, files):

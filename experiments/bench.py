@@ -29,6 +29,7 @@ loaded. Under torchrun bytes and memory are those of the first process, FLOPs of
 """
 
 import csv
+import io
 import math
 import platform
 import random
@@ -126,9 +127,9 @@ class PlannedStandIns(StandIns):
         self.skips = self.plan[max(0, step.token_index[0, 0].item())]  # the prompt, below 0, skips nothing
         return super().__call__(layers, x, step)
 
-    def decide(self, h, layer, step, left):
-        super().decide(h, layer, step, left)
-        return self.skips[layer.layer_id]
+    def decide(self, h, layer, step, remaining):
+        decided = super().decide(h, layer, step, remaining)
+        return self.skips[layer.layer_id] if any(remaining) else decided
 
     def bytes_read(self, ffn_run):
         """Of a step that runs the share ffn_run of the feed-forward blocks: all probes, and of the rest the
@@ -310,16 +311,18 @@ def check_out(path):
     if path.exists() and path.read_text().split("\n")[0].split(",") != FIELDS:
         raise ValueError(f"{path}: has other columns than this version of bench.py writes: move it away")
     path.parent.mkdir(parents=True, exist_ok=True)
+    common.check_outputs(path)
 
 
 def save(path, rows):
     """Appends rows, dicts with the keys FIELDS, to the CSV."""
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
+    out, before = io.StringIO(), common.read_utf8(path) if path.exists() else ""
+    writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
+    if not before:
+        writer.writeheader()
+    for row in rows:
+        writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
+    common.write_whole(path, before + out.getvalue())
 
 
 def device_name(device):
@@ -402,6 +405,7 @@ def main(argv=None):
     variants = make_variants(model, options)
     prompt, tokens = torch.randint(model.args.vocab_size, (options.batch, columns)).tensor_split([options.prompt], 1)
     big = torch.ones(2**13, 2**13, device=device)  # 256 MiB of float32
+    common.check_finite(model(prompt.to(device), last_only=True))
     measure(variants, [], prompt, tokens[:, :5], 1, big)  # warm-up
     memory, peers = common.peak_memory(device), []
     with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,6 @@ written as soon as it is done; the same command again skips it.
 import re
 import sys
 import time
-import zlib
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
@@ -59,25 +58,13 @@ DRAWN = "random", "random_but_first", "random_run", "static", "static_run"  # po
 OWN = "dense", "ffnskip", "printed"  # policies that no factory makes
 TEXT_TASKS = "perplexity", "warmup"
 SETTINGS = """task data ckpt dtype limit window decode max_new_tokens prompt_tokens per_class chat seed calibration
-calibration_tokens""".split()  # what all rows of a table have in common
-
-
-def checksum(path):
-    return f"{zlib.crc32(Path(path).read_bytes()):08x}"
+calibration_tokens sim_threshold""".split()  # what all rows of a table have in common
 
 
 def edition(name):
     """What a policy's rows are kept under: FILE.py:FACTORY@CHECKSUM, so that a changed file is run again."""
     file, _, _ = name.rpartition(":")
-    return f"{name}@{checksum(file)}" if file else name
-
-
-def fit_of(name, options, ckpt):
-    """What the setting of a policy's row ends with: the checksum of the fit that it is given; "" if it takes none."""
-    if name in OWN or not policies.takes_fit(policies.find_factory(name)):
-        return ""
-    path = policies.find_fitted(options, ckpt)
-    return f" fit={checksum(path)}" if path and Path(path).exists() else ""
+    return f"{name}@{common.checksum(file)}" if file else name
 
 
 def bytes_per_skip(name, model):
@@ -197,47 +184,60 @@ def parse_args(argv):
     return options
 
 
-def shared_settings(options, settings):
-    """What a table's rows have in common: rows made with other settings are no rows of it."""
+def shared_settings(options, settings, ckpt, model):
+    """
+    What a table's rows have in common, with checksums of what stands behind the names: rows made with other settings
+    are no rows of it.
+    """
     shared = {key: getattr(options, key) for key in SETTINGS}
-    if {"ffnskip", "printed"} & set(options.policies):
-        shared["skip"] = settings | {}
-        shared["skip"].pop("ratios", None)
-    return shared
+    if settings:
+        shared["skip"] = {key: value for key, value in settings.items() if key not in ("ratios", "made_for")}
+    if options.task in TEXT_TASKS:
+        shared["first"] = max(options.warm_up) + 1  # the first token that is compared
+    files = dict(data=options.data, calibration=options.calibration)
+    for name in options.policies:
+        if name not in OWN and policies.takes_fit(policies.find_factory(name)):
+            files["fit"] = policies.find_fitted(options, ckpt)
+    for name, file in files.items():
+        shared[f"{name}_checksum"] = common.checksum(file)
+    return shared | dict(weights_checksum=common.fingerprint(model))
 
 
-def missing(table, model, options, ckpt):
-    """(key, fit, the share of FFN blocks to skip) of every row that the table needs and has not yet."""
-    fits = {name: fit_of(name, options, ckpt) for name in options.policies}  # once, since such a file may be large
+def missing(table, model, options, editions):
+    """(key, edition of the policy, the share of FFN blocks to skip) of every row that the table has not yet."""
     for key in grid(options):
         whole, ffn = bytes_per_skip(key["policy"], model)
-        found, fit = table.find(key | dict(policy=edition(key["policy"]))), fits[key["policy"]]
-        if found and not found["setting"].endswith(fit):
-            raise ValueError(f"{table.path}: its row of {key['policy']} is of another fit: give another --output")
-        if found:
+        table.read()  # another run may have added rows
+        if table.find(key | dict(policy=editions[key["policy"]])):
             continue
         if key["match"] == "ffn":
-            yield key, fit, key["skip"]
+            yield key, editions[key["policy"]], key["skip"]
         elif whole != ffn and key["skip"] is not None:  # else equal bytes are equal blocks
-            yield key, fit, key["skip"] * ffn / whole
+            yield key, editions[key["policy"]], key["skip"] * ffn / whole
 
 
 def main(argv=None):
     options = parse_args(argv)
     load, run = TASKS[options.task]
+    editions = {}
     for name in options.policies:
         if name not in OWN:
             policies.find_factory(name)
+        editions[name] = edition(name)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    common.check_outputs(options.output)
     device = common.find_device(options.device)
     data = load(options.data, options) if options.data else None
     ckpt = common.find_checkpoint(options.ckpt)
     tokenizer, model = load_tokenizer(ckpt), load_model(ckpt, device, options.dtype)
-    settings = policies.find_settings(options, ckpt, model.args.n_layers)
-    table = Table(options.output, shared_settings(options, settings))
+    settings = {}
+    if {"ffnskip", "static"} & set(options.policies):  # others need none
+        settings = policies.find_settings(options, ckpt, model.args.n_layers)
+    table = Table(options.output, shared_settings(options, settings, ckpt, model))
     known = {field.name: getattr(options, field.name) for field in fields(Context) if hasattr(options, field.name)}
     context = Context(**known, first=max(options.warm_up) + 1)
     calibration = None
-    for key, fit, wanted in missing(table, model, options, ckpt):
+    for key, policy_edition, wanted in missing(table, model, options, editions):
         name, skip, match, warm_up_index, seed = key.values()
         if calibration is None and name != "dense":
             calibration = calibrate(model, tokenizer, data, context, options)
@@ -254,9 +254,12 @@ def main(argv=None):
         if wanted is not None and abs(calibrated - wanted) > far and name != "authors":
             print(f"{label}: cannot: the nearest is {calibrated:.3f}", file=sys.stderr)
             continue
-        model_id = re.sub("[/:]", "_", f"{name}-{cell(skip)}-{match}") + (f"-{seed}" if seed else "")
+        model_id = re.sub("[/:]", "_", f"{policy_edition}-{cell(skip)}-{match}") + (f"-{seed}" if seed else "")
+        if warm_up_index != 25:
+            model_id += f"-w{warm_up_index}"
         answers = table.path.parent / table.name / f"{model_id}.jsonl"
         row = replace(context, warm_up_index=warm_up_index, label=label, answers=answers, scores={})
+        row.settings = table.settings
         row.dense_scores = table.dense_scores()
         result = run(model, tokenizer, policy, data, row)
         ratio, bytes_saved = result.pop("ffn_skip_ratio"), None
@@ -265,8 +268,8 @@ def main(argv=None):
             bytes_saved = ratio * model.args.n_layers * layer / sum(common.weight_bytes(model).values())
         columns = dict(calibrated_ratio=calibrated, ffn_skip_ratio=ratio, ffn_saved_ratio=result.pop("ffn_saved_ratio"))
         columns |= dict(bytes_saved=bytes_saved, **result, seconds=round(time.time() - begin, 1))
-        columns["setting"] = describe(policy) + fit
-        table.add(key | dict(policy=edition(name)), columns, row.scores)
+        columns["setting"] = describe(policy)
+        table.add(key | dict(policy=policy_edition), columns, row.scores)
         shown = list(table.rows[-1].items())[5:12]
         print(f"{label}: {' '.join(map('='.join, shown))}", file=sys.stderr)
     if table.rows:

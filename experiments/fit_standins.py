@@ -269,7 +269,7 @@ def written_windows(model, prompts, n_new, seed, temperature=1.0, eos_ids=()):
         for (ids, _), token in zip(windows, step):
             if token is not None:
                 ids.append(token)
-    return windows
+    return [(ids[: model.args.max_seq_len], prompt_len) for ids, prompt_len in windows]  # the last may be one too many
 
 
 def gather(model, tokenizer, options):
@@ -277,7 +277,10 @@ def gather(model, tokenizer, options):
     windows, text_held, chat_held, n_held = [], [], [], len(REQUESTS)
     for file in options.text:
         text = read_text([file])
-        found = text_windows(tokenizer, text, options.tokens // len(options.text), min(512, model.args.max_seq_len))
+        size, found = min(512, model.args.max_seq_len), []
+        for window in text_windows(tokenizer, text, options.tokens // len(options.text), size):
+            if len(window[0]) > standins.WARM_UP_INDEX + 9:
+                found.append(window)
         n_text = max(1, len(found) // 8)
         apart = "".join(tokenizer.decode(ids) for ids, _ in found[-n_text:])
         n_chats = max(8, options.tokens // len(options.text) // 256)  # of about 128 tokens: half as many as of text
@@ -286,9 +289,16 @@ def gather(model, tokenizer, options):
             windows += some[:-n]
             held += some[-n:]
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    if len(windows) < 10 or not chat_held:
+    if len(windows) < 10 or not chat_held or not text_held:
         raise ValueError("too little text: at least ten windows of 512 tokens and lines with a sentence are needed")
     return [windows[i] for i in order], text_held, chat_held
+
+
+def save(path, fitted, about):
+    """Write the tensors of a fit and what it says of itself, a dict."""
+    tensors = {name: value.contiguous().cpu() for name, value in fitted.items()}
+    about = {name: common.to_json(value) for name, value in about.items()}
+    common.write_whole(path, lambda file: save_file(tensors, file, about))
 
 
 def parse_args(argv):
@@ -317,20 +327,20 @@ def main(argv=None):
     shares = 0.05, 0.1, 0.15, 0.2, 0.25, 0.3
     found = standins.find_budgets(model, parts, [(skip, standins.cap(model, skip)) for skip in shares], chat_held)
     budgets = list(zip(shares, found))
+    about = dict(
+        model=common.model_name(ckpt), weights_checksum=common.fingerprint(model), maps=options.maps, rank=options.rank,
+        seed=options.seed, budgets=budgets, corpus=[Path(file).name for file in options.text],
+        tokens=sum(len(ids) for ids, _ in windows), text_held=text_held, chat_held=chat_held,
+    )  # fmt: skip
+    save(out, fitted, about)  # before it is measured, which may fail
     reference, measured = {}, {}
     tried = {"dense": -math.inf, "budget of 15 % of chat": budgets[2][1], "budget of 25 % of chat": budgets[4][1]}
     for name, log_budget in tried.items():
         policy = standins.StandIns(parts, log_budget, model.args.n_layers)
         measured[name] = quality(model, text_held, policy, reference)
-    about = dict(
-        model=common.model_name(ckpt), weights=standins.fingerprint(model), maps=options.maps, rank=options.rank,
-        seed=options.seed, budgets=budgets, quality=list(measured.values()),
-        corpus=[Path(file).name for file in options.text], tokens=sum(len(ids) for ids, _ in windows),
-        text_held=text_held, chat_held=chat_held,
-    )  # fmt: skip
-    tensors = {name: value.contiguous().cpu() for name, value in fitted.items()}
-    save_file(tensors, out, {name: common.to_json(value) for name, value in about.items()})
-    print(*quality_table(measured), f"written to {out}", sep="\n")
+    print(*quality_table(measured), sep="\n", flush=True)
+    save(out, fitted, about | dict(quality=list(measured.values())))
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

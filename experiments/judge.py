@@ -12,6 +12,7 @@ draws the CSV, and prints the mean scores and what was lost to the dense model, 
 
 import csv
 import hashlib
+import io
 import os
 import re
 import sys
@@ -150,11 +151,12 @@ def main(argv=None):
         lines.append(f"{file.stem}: {judge.unparsed} replies without ratings")
     if not rows:
         raise ValueError("ANSWERS and the reference answer no question in common")
-    with open(options.output, "w", newline="", encoding="utf-8") as out:
-        out.write(f"# command: {' '.join(['python', *sys.orig_argv[1:]])}\n")
-        writer = csv.DictWriter(out, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    out = io.StringIO()
+    out.write(f"# command: {' '.join(['python', *sys.orig_argv[1:]])}\n")
+    writer = csv.DictWriter(out, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    common.write_whole(options.output, out.getvalue())
     print(*lines, f"written to {options.output}: plot.py prints its `score` and what was `lost` to dense", sep="\n")
 
 

@@ -26,6 +26,7 @@ from support.tracing import Trace
 
 try:
     from lm_eval.api.model import TemplateLM  # an LM that divides texts into the tokens of context and continuation
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError:  # main says so
     TemplateLM = object
@@ -45,6 +46,12 @@ class SkipLM(TemplateLM):
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
         return self.encode(string, bos=add_special_tokens)
 
+    def tell_cut(self, n):
+        """Say once that texts are n tokens too long, if they are: the harness cuts off the beginning of such a text."""
+        if n > 0:
+            length = self.model.args.max_seq_len
+            common.note(f"[{self.context.label}: texts longer than the context of {length} lose their beginning]")
+
     def count(self, trace):
         self.counts.append(count_blocks(trace.ran, trace.token_index, self.policy, self.context))
 
@@ -53,7 +60,9 @@ class SkipLM(TemplateLM):
         """[(log-likelihood of the continuation, whether it is greedy)] for (anything, context, continuation)."""
         owners = {}  # {text: requests}: to several answers of one token, all but that token is the same
         for i, (_, context, continuation) in enumerate(requests):
-            text = tuple((context + continuation)[-self.model.args.max_seq_len - 1 : -1])
+            whole = context + continuation
+            text = tuple(whole[-self.model.args.max_seq_len - 1 : -1])
+            self.tell_cut(len(whole) - len(text) - 1)
             owners.setdefault(text, []).append(i)
         answers, device = [None] * len(requests), self.model.tok_embeddings.weight.device
         for texts in common.progress(cut(sorted(owners, key=len), self.context.batch_size), self.context.label):
@@ -96,15 +105,21 @@ class SkipLM(TemplateLM):
 
     def write(self, prompt, wanted):
         """The greedy continuation of a text up to the first of its stop texts. Raises ValueError for a sampled one."""
-        if wanted.get("do_sample"):
-            raise ValueError("the task wants sampled texts (do_sample), and these are greedy")
-        room, trace, new, text = wanted.get("max_gen_toks", 256), Trace(), [], ""
-        ids = (self.tok_encode(prompt) or [self.eot_token_id])[-max(1, self.model.args.max_seq_len - room) :]
+        wanted = normalize_gen_kwargs(wanted)  # which knows several names of a limit, and one stop text or a list
+        if wanted["do_sample"]:
+            raise ValueError("the task wants sampled texts (do_sample or a temperature), and these are greedy")
+        room, trace, new, text = wanted["max_gen_toks"], Trace(), [], ""
+        longest = self.model.args.max_seq_len - room
+        if longest < 1:
+            raise ValueError(f"the task wants {room} new tokens, and the model's max_seq_len is {longest + room}")
+        ids = self.tok_encode(prompt) or [self.eot_token_id]
+        self.tell_cut(len(ids) - longest)
+        ids = ids[-longest:]
         for token in generate(self.model, ids, room, self.policy, eos_ids=self.eos_ids, prompt_len=0, trace=trace):
             if token not in self.eos_ids:
                 new.append(token)
             whole = text = self.decode(new)
-            for stop in wanted.get("until") or []:
+            for stop in filter(None, wanted["until"]):
                 text = text.split(stop)[0]
             if text != whole:
                 break
@@ -141,7 +156,10 @@ def parse_args(argv):
     add("--include-path", metavar="DIR", help="a folder with task files of yours")
     add("--results", type=Path, default=Path("out"), metavar="DIR", help="where lm_eval_TASK.csv goes (default out)")
     options, options.others = parser.parse_known_args(argv)
-    evaluate.parse_args(["perplexity", *options.others])  # exits where it does not understand
+    others = evaluate.parse_args(["perplexity", *options.others])  # exits where it does not understand
+    for flag in "chat", "decode":
+        if getattr(others, flag):
+            parser.error(f"--{flag} is not for tasks of the harness")
     return options
 
 
@@ -158,6 +176,9 @@ def main(argv=None):
         task, output = f"lm_eval_{name}", str(options.results / f"lm_eval_{name}.csv")
         TASKS[task] = lambda *_: None, partial(run_task, name, manager, shots)
         data = f"num_fewshot={shots}"  # in the head of the CSV, with which only the same command goes on
+        if options.include_path:
+            for file in sorted(Path(options.include_path).rglob("*.[yp]*")):  # .yaml and .py: what tasks are made of
+                data += f" {file.name}@{common.checksum(file)}"
         evaluate.main([task, "--data", data, "--output", output, *options.others])
 
 

@@ -3,10 +3,12 @@ Tables as CSV files. evaluate.py fills a Table over as many runs as it takes; pl
 and the scores that a judge gave each answer: judge.py's, and those in the logs of the paper's authors.
 """
 
+import contextlib
 import csv
 import io
 import json
 import math
+import os
 import platform
 import sys
 from operator import itemgetter
@@ -25,33 +27,43 @@ AUTHORS = {"no_prune": "dense", "cosine_False": "ffnskip", "baseline_False": "st
 
 class Table:
     """
-    A CSV that grows row by row and is never started over. The command and the versions stand before the rows that they
-    made. items/NAME.jsonl beside NAME.csv keeps the scores of each item (question, window, text) that a row averages.
+    A CSV that grows row by row and is never started over, of as many runs as add rows to it, also at once. The command,
+    the versions and what was not yet said of the settings stand before the rows that they made. items/NAME.jsonl beside
+    NAME.csv keeps the scores of each item (question, window, text) that a row averages.
     """
 
     def __init__(self, path, settings):
-        self.path, self.columns, self.rows = Path(path), None, []
+        self.path, self.settings = Path(path), settings
         self.name = self.path.name.removesuffix(".csv")
         self.items = self.path.parent / "items" / f"{self.name}.jsonl"
         packages = f"python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}"
         versions = f"{packages}, {torch.get_num_threads()} threads on {platform.machine()}"
         command = " ".join(["python", *sys.orig_argv[1:]])
-        self.head = f"# command: {command}\n# versions: {versions}\n"  # to be written before the next row
-        settings = f"# settings: {common.to_json(settings, sort_keys=True)}\n"
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        if text and "\n# settings: " not in text:  # before anything is changed in it
-            raise ValueError(f"{path}: not a table of evaluate.py: give another --output")
-        text = whole_lines(self.path)
-        if not text:
-            self.head += settings
-            self.items.unlink(missing_ok=True)
-        elif settings not in text:
-            raise ValueError(f"{path}:3: made with other settings: give another --output, or delete it")
-        elif text[text.rindex("# command: ") :].startswith(self.head):
+        self.command = f"# command: {command}\n# versions: {versions}\n"
+        self.read()
+
+    def read(self):
+        """Read the rows that are there, and the scores of their items. ValueError if they have other settings."""
+        self.text, kept = whole_lines(self.path), {}
+        if self.path.exists() and self.path.stat().st_size and "\n# settings: " not in self.text:
+            raise ValueError(f"{self.path}: not a table of evaluate.py: give another --output")
+        for line in self.text.split("\n"):
+            if line.startswith("# settings: "):
+                kept |= json.loads(line.removeprefix("# settings: "))
+        folder = self.path.parent / self.name  # of answers, which the task may have left
+        also = f" and {folder}" if folder.is_dir() else ""
+        check_settings(self.path, kept, self.settings, f"give another --output, or delete it{also}")
+        self.head = self.command  # to be written before the next row
+        if not as_json(self.settings).items() <= kept.items():
+            self.head += f"# settings: {common.to_json(self.settings, sort_keys=True)}\n"
+        elif self.text[self.text.rindex("# command: ") :].startswith(self.command):
             self.head = ""  # the last rows are of the same command
-        self.scores = read_records(self.items)
-        reader = csv.DictReader(data_lines(io.StringIO(text)))
+        reader = csv.DictReader(data_lines(io.StringIO(self.text)))
         self.rows, self.columns = list(reader), reader.fieldnames
+        self.scores = []
+        for record in read_records(self.items):
+            if self.find({key: value for key, value in record.items() if key != "scores"}):
+                self.scores.append(record)  # else a run ended before it wrote the row
 
     def find(self, key):
         """The row, a dict of text, that begins with this key, or None."""
@@ -70,39 +82,85 @@ class Table:
         return found
 
     def add(self, key, row, scores):
-        """Append a row, which begins with its key, and the scores of its items."""
-        add_record(self.items, self.scores, key | dict(scores=scores))
-        self.rows.append(as_cells(key | row))
-        out, names = io.StringIO(), self.columns or list(self.rows[-1])
-        writer = csv.DictWriter(out, names, restval="", extrasaction="ignore", lineterminator="\n")
-        if self.columns is None:
-            writer.writeheader()
-        writer.writerow(self.rows[-1])
-        with open(self.path, "a", encoding="utf-8") as file:  # in one write, so that a row is there or not
-            file.write(self.head + out.getvalue())
-        self.head, self.columns = "", names
+        """Append a row, which begins with its key, and the scores of its items, if no other run has added it."""
+        self.items.parent.mkdir(parents=True, exist_ok=True)
+        with alone(self.path.parent):
+            self.read()
+            if self.find(key):
+                return
+            out, cells = io.StringIO(), as_cells(key | row)
+            names = self.columns or list(cells)
+            writer = csv.DictWriter(out, names, restval="", extrasaction="ignore", lineterminator="\n")
+            if self.columns is None:
+                writer.writeheader()
+            writer.writerow(cells)
+            lines = [common.to_json(record) + "\n" for record in [*self.scores, key | dict(scores=scores)]]
+            common.write_whole(self.items, "".join(lines))
+            common.write_whole(self.path, self.text + self.head + out.getvalue())
+            self.read()
+
+
+def as_json(value):
+    """The value as it comes back from a file of JSON."""
+    return json.loads(common.to_json(value))
+
+
+def check_settings(path, kept, settings, advice):
+    """Raise ValueError if a setting differs from what is kept, a dict; {}: nothing is kept yet."""
+    differ = [key for key, value in as_json(settings).items() if key in kept and kept[key] != value]
+    if differ:
+        raise ValueError(f"{path}: made with other settings ({', '.join(differ)}): {advice}")
+    if kept and "weights_checksum" not in kept and "weights_checksum" in settings:
+        common.note(f"[{path}: holds no checksums, so it may be of other weights and data]")
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Within it, no other process is within it for the same folder, where the system can tell."""
+    descriptor = None
+    with contextlib.suppress(ImportError, OSError):  # Windows; file systems on a network
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def whole_lines(path):
     """The text of a file up to its last line break, past which an earlier run was cut off; "" if there is no file."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return whole
+    data = path.read_bytes() if path.exists() else b""
+    return data[: data.rfind(b"\n") + 1].decode()
 
 
 def read_records(path):
-    """The records of a file, one JSON object per line."""
-    return [json.loads(line) for line in whole_lines(path).split("\n")[:-1]]
+    """The records of a file, one JSON object per line; what a run that was cut off left at its end goes. ValueError."""
+    records, text = [], whole_lines(path)
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path}:{number}: not a line of JSON: delete the line, or the file") from None
+    if path.exists() and path.stat().st_size > len(text.encode()):
+        os.truncate(path, len(text.encode()))
+    return records
 
 
 def add_record(path, records, record):
-    """Append a record to the list and to its file."""
+    """Append a record to the list and to its file, which then has all of it or, after a ValueError, nothing."""
     records.append(record)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(common.to_json(record) + "\n")
+    end = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(common.to_json(record) + "\n")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, end)
+        raise ValueError(f"{path}: cannot be written: {common.first_line(error)}") from None
 
 
 def as_cells(row):
@@ -112,7 +170,7 @@ def as_cells(row):
 def cell(value):
     if isinstance(value, float):
         return f"{value:.5g}"
-    return "" if value is None else str(value).replace("\n", "\\n")
+    return "" if value is None else str(value).replace("\n", "\\n").replace("\r", "\\r")
 
 
 def columns(name, values):

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from readers import load_prompts, load_questions, load_stories, load_text, load_turns
-from table import add_record, columns, read_records
+from table import add_record, check_settings, columns, read_records
 
 from generate import generate_batch, sample
 from model import KVCache, dense
 from policies.baselines import attended_missing, written_text
 from support.cache import fork
-from support.common import first_difference, progress
+from support.common import first_difference, note, progress, read_json, to_json, write_whole
 from support.measuring import as_tokens, compare_with_dense, cut
 from support.tracing import Trace, saved_blocks
 
@@ -35,6 +35,7 @@ QUESTION = ("Question: What is the capital of Italy?\nAnswer: Rome\n\n"
             "Question: {}\nAnswer:")
 
 
+SHORTEST = 256  # characters of a turn, which is not cut to fewer
 LOOP = 32  # tokens of a stretch that repeats one thing, from which on a text counts as looping
 
 
@@ -54,6 +55,7 @@ class Context:
     warm_up_index: int = 25  # this row's: the dense model's ratios are counted past it too
     label: str = ""  # this row's, for progress bars
     answers: Path | None = None  # this row's file of answers
+    settings: dict = field(default_factory=dict)  # what all files in that folder are made with
     scores: dict = field(default_factory=dict)  # {column: [score of each item]} of this row
     dense_scores: dict = field(default_factory=dict)  # the same of the dense model's row; {} if there is none
     reference: dict = field(default_factory=dict)  # what the dense model computed or wrote, kept from row to row
@@ -158,15 +160,23 @@ class Text:
     token_index: torch.Tensor  # (token,)
 
 
+def check_room(model, context, n):
+    """Raise ValueError if a prompt of n tokens leaves less room than the text may take."""
+    limit, room = model.args.max_seq_len, context.max_new_tokens
+    if n + room > limit:
+        raise ValueError(f"a prompt of {n} tokens and {room} new ones are more than the model's max_seq_len {limit}: "
+                         "give a smaller --max-new-tokens or --prompt-tokens")
+
+
 def write_texts(model, tokenizer, policy, prompts, context, stop=True):
     """Greedy Texts for prompts (lists of ids), in batches of like length. stop=False: past end-of-text, all as long."""
     texts, room = [None] * len(prompts), context.max_new_tokens
     eos_ids = tokenizer.eos_ids if stop else ()
-    longest = max(1, model.args.max_seq_len - room)
+    check_room(model, context, max(map(len, prompts)))
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for batch in progress(cut(by_length, context.batch_size), context.label):
         trace, written = Trace(), [[] for _ in batch]
-        rows = [prompts[i][-longest:] for i in batch]
+        rows = [prompts[i] for i in batch]
         for column in generate_batch(model, rows, room, policy, eos_ids=eos_ids, trace=trace):
             for ids, token in zip(written, column):
                 if token is not None and token not in eos_ids:
@@ -247,6 +257,20 @@ def prompt_ids(tokenizer, record, context):
     return tokenizer.encode(record["text"][:4096])[: context.prompt_tokens]
 
 
+def fitting_ids(model, tokenizer, turns, context):
+    """
+    (chat_ids, cut): cut is 1 where there was too little room for new tokens, and the longest turn, a story or an
+    answer, lost its end for that; what stands at its beginning, such as the instruction, stays.
+    """
+    turns, longest, cut = list(turns), max(1, model.args.max_seq_len - context.max_new_tokens), 0
+    ids = chat_ids(tokenizer, turns, context)
+    while len(ids) > longest and max(map(len, turns)) > SHORTEST:
+        i = max(range(len(turns)), key=lambda i: len(turns[i]))
+        turns[i], cut = turns[i][: max(SHORTEST, len(turns[i]) * longest // len(ids))], 1
+        ids = chat_ids(tokenizer, turns, context)
+    return ids, cut
+
+
 def chat_ids(tokenizer, turns, context):
     """Turns of user and assistant as ids: the paper's prompt, or with --chat the checkpoint's own template."""
     if context.chat:
@@ -311,21 +335,24 @@ def write_answers(model, tokenizer, policy, records, context):
     OUTPUT/MODEL_ID.jsonl in FastChat's format for model answers. judge.py has them scored; or put the file under
     data/mt_bench/model_answer/ of FastChat, whose gen_judgment.py asks GPT-4.
     """
-    answers = read_records(context.answers)
+    check_answers(context.answers.parent, context.settings)
+    answers = list({answer["question_id"]: answer for answer in read_records(context.answers)}.values())
     done = {answer["question_id"] for answer in answers}
     left = [record for record in records[: context.limit] if record["question_id"] not in done]
     for some in cut(left, context.batch_size):
         new, talks = [], [[] for _ in some]  # talks: turns of user and assistant
         for record in some:
             answer = dict(record, answer_id=uuid.uuid4().hex[:22], model_id=context.answers.stem, tstamp=time.time())
-            new.append(answer | dict(turns=len(record["turns"]), counts=[0] * 4, tokens=0, loop=0))
+            new.append(answer | dict(turns=len(record["turns"]), counts=[0] * 4, tokens=0, loop=0, cut=0))
         for turn in range(max(answer["turns"] for answer in new)):
             asked, prompts = [], []
             for record, answer, talk in zip(some, new, talks):
                 if turn < answer["turns"]:
                     talk.append(record["turns"][turn])
                     asked.append((answer, talk))
-                    prompts.append(chat_ids(tokenizer, talk, context))
+                    ids, cut_now = fitting_ids(model, tokenizer, talk, context)
+                    answer["cut"] |= cut_now
+                    prompts.append(ids)
             for (answer, talk), text in zip(asked, write_texts(model, tokenizer, policy, prompts, context)):
                 talk.append(tokenizer.decode(text.ids).split("USER:")[0].strip())  # it may go on with a question
                 answer["counts"] = list(map(operator.add, answer["counts"], text.counts))
@@ -333,12 +360,28 @@ def write_answers(model, tokenizer, policy, records, context):
                 answer["loop"] = max(answer["loop"], longest_loop(text.ids))
         for answer, talk in zip(new, talks):
             add_record(context.answers, answers, answer | dict(choices=[dict(index=0, turns=talk[1::2])]))
-    looping, counts, tokens = [], [], 0
+    looping, counts, tokens, n_cut = [], [], 0, 0
     for answer in answers:
         looping.append(int(answer["loop"] >= LOOP))
         counts.append(answer["counts"])
         tokens += answer["tokens"]
-    return dict(**means(context, looping=looping), answers=len(answers), tokens=tokens, **ratios(counts))
+        n_cut += answer.get("cut", 0)
+    if n_cut:
+        note(f"[{context.label}: {n_cut} of {len(answers)} prompts were too long, and their longest turn was cut]")
+    row = means(context, looping=looping)
+    return dict(**row, answers=len(answers), prompts_cut=n_cut, tokens=tokens, **ratios(counts))
+
+
+def check_answers(folder, settings):
+    """Keep what the answers in a folder are made with. ValueError if those in it are made with something else."""
+    file, kept = folder / "settings.json", {}
+    if file.exists():
+        kept = read_json(file)
+    elif any(folder.glob("*.jsonl")):
+        note(f"[{folder}: the answers there hold no checksums, so they may be of other weights and data]")
+    check_settings(folder, kept, settings, "give another --output, or delete the folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(file, to_json(kept | settings, indent=1) + "\n")
 
 
 WRITTEN = dict(mtbench=1024, summarize=256, worstcase=512, collapse=256)  # the model writes: so many tokens at most

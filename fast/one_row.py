@@ -217,7 +217,7 @@ def computes_the_same(layer, args):
     fast_temp, fast_cosine = one_token(Layer(layer, other, Squares()), x, other)
     tolerance = 1e-3 if dtype == torch.float32 else 0.05
     same = (temp - fast_temp).abs().max() <= tolerance * temp.abs().max() and abs(cosine - fast_cosine) <= tolerance
-    if not same:
+    if not same and temp.isfinite().all():
         print(f"[layer {layer.layer_id} of model.py computes something else than fast/one_row.py: it decodes as it "
               "stands, and slower]", file=sys.stderr)
     return same
@@ -233,7 +233,6 @@ def one_token(layer, x, cache):
 
 KNOWN = {nn.Linear, nn.Embedding, model.FeedForward, model.Block}  # and the two of this file
 METHODS = {"forward", "attend", "write_kv", "add_attention", "add_feed_forward", "cosine"}  # which one may replace
-HOOKS = "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
 def is_plain(module):
@@ -242,7 +241,7 @@ def is_plain(module):
         return False
     for part in module.modules():
         own = vars(part)
-        hooked = any(own[hooks] for hooks in HOOKS) or set(own["_forward_hooks"].values()) - {parallel.add_up}
+        hooked = own["_forward_pre_hooks"] or set(own["_forward_hooks"].values()) - {parallel.add_up}
         if type(part) not in KNOWN or METHODS & own.keys() or getattr(part, "bias", None) is not None or hooked:
             return False
     return True

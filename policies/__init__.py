@@ -14,7 +14,7 @@ import numpy
 from model import dense
 from policies import baselines, standins
 from skip import FFNSkip
-from support.common import HERE, LoadError, beside, first_line, model_name, policy_files, read_json
+from support.common import HERE, LoadError, beside, first_line, made_for, model_name, note, policy_files, read_json
 
 FACTORIES = {"standins": standins.make, **baselines.POLICIES}
 
@@ -46,6 +46,9 @@ def find_policy(name, model, settings=None, skip=None, warm_up_index=None, token
         return dense
     if name == "ffnskip":
         settings = dict(settings or {})
+        file, weights = settings.pop("made_for", (None, None))
+        if file and not made_for(model, file, weights):
+            note(f"[{file}: made for other weights than these: python calibrate.py --ckpt ... makes settings for them]")
         if warm_up_index is not None:
             settings["warm_up_index"] = warm_up_index
         return find_ffnskip(settings, skip, model.args.n_layers)
@@ -149,7 +152,10 @@ def find_settings(options, ckpt, n_layers):
 
 
 def load_settings(path, name, n_layers):
-    """The arguments of FFNSkip in a settings file, and its `ratios`. Raises ValueError if they are another model's."""
+    """
+    The arguments of FFNSkip in a settings file, its `ratios`, and as `made_for` its path and the checksum of weights in
+    it, for find_policy. Raises ValueError if they are another model's.
+    """
     try:
         settings = read_json(Path(path))
     except LoadError as error:
@@ -162,7 +168,12 @@ def load_settings(path, name, n_layers):
         raise ValueError(f"{path}: made for {settings['model']}, and this is {name}: calibrate.py makes settings, "
                          'or, if it is the same model, change "model" in the file')
     known = [field.name for field in fields(FFNSkip)] + ["ratios"]
+    if "weights_checksum" not in settings:
+        note(f"[{path}: does not say for which weights it was made: calibrate.py makes settings that do]")
+    weights = settings.get("weights_checksum")  # None: planned from cosines alone
     settings = {key: settings[key] for key in known if key in settings}
+    if weights is not None:
+        settings["made_for"] = str(path), weights
     threshold = settings.get("sim_threshold")
     if isinstance(threshold, list):
         settings["sim_threshold"] = [from_json(value) for value in threshold]

@@ -8,7 +8,6 @@ replace it. This project's own, beside the paper's Algorithm 1: docs/standins.md
 
 import json
 import math
-import zlib
 from pathlib import Path
 
 import numpy
@@ -166,7 +165,7 @@ def load(path, model):
                          f"{model.args.n_layers} of {model.args.dim}")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise ValueError(f"{path}: numbers in it are not finite: fit anew")
-    if about.get("weights") != fingerprint(model):
+    if not common.made_for(model, path, about.get("weights_checksum")):
         raise ValueError(f"{path}: fitted for other weights, those of {about.get('model')}: fit these anew")
     return ready(tensors, weight.dtype), about
 
@@ -178,11 +177,6 @@ def ready(tensors, dtype):
     centre = tensors["centre"].float()
     choice = dict(centre=list(centre), offset=list(centre_offset(centre)))
     return maps | choice | dict(probe=list(tensors["probe"]), bias=tensors["bias"].tolist())
-
-
-def fingerprint(model):
-    """A number that tells models of one shape apart: the checksum of the final norm, in the dtype that files have."""
-    return zlib.crc32(model.norm.weight.to(torch.bfloat16).view(torch.int16).cpu().numpy())
 
 
 def centre_offset(centre):

@@ -3,10 +3,11 @@
 import json
 import shutil
 from dataclasses import asdict
+from functools import partial
 
 from safetensors.torch import save_file
 
-from support.common import LoadError, nbytes, weight_bytes
+from support.common import LoadError, nbytes, weight_bytes, write_whole
 from support.tokenizer import SentencePieceTokenizer, tokenizer_folder
 from support.weight_files import locate
 
@@ -55,7 +56,6 @@ def save(model, tokenizer, path, folder):
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "model.safetensors").exists():
         raise LoadError(f"{folder / 'model.safetensors'}: exists already, and is not overwritten")
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
     write_json(folder / "params.json", asdict(model.args))
     # config.json, which may name other ends of text, is not copied
     write_json(folder / "generation_config.json", dict(eos_token_id=sorted(tokenizer.eos_ids)))
@@ -65,18 +65,20 @@ def save(model, tokenizer, path, folder):
         for name in TOKENIZER_FILES:
             for file in source.glob(name):
                 (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copy(file, folder / file.relative_to(source))
+                write_whole(folder / file.relative_to(source), partial(shutil.copyfile, file))
         config = {}  # its presence says that special tokens are found in a text
     elif isinstance(tokenizer, SentencePieceTokenizer):
-        (folder / "tokenizer.model").write_bytes(tokenizer.proto)
+        write_whole(folder / "tokenizer.model", lambda path: path.write_bytes(tokenizer.proto))
         config = dict(tokenizer.special, add_bos_token=bool(tokenizer.add_bos), chat_template=tokenizer.template)
         config["added_tokens_decoder"] = tokenizer.stated
     else:
-        tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
+        write_whole(folder / "tokenizer.json", tokenizer.tokenizer.to_str(pretty=True))
         config = dict(tokenizer.special, chat_template=tokenizer.template)
     if getattr(tokenizer, "match", True) and not (folder / "tokenizer_config.json").exists():
         write_json(folder / "tokenizer_config.json", config)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_whole(folder / "model.safetensors", partial(save_file, tensors))  # last: where it is, all is
 
 
 def write_json(file, value):
-    file.write_text(json.dumps(value, indent=2) + "\n")
+    write_whole(file, json.dumps(value, indent=2) + "\n")

@@ -4,6 +4,8 @@ progress bars.
 """
 
 import argparse
+import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -13,11 +15,15 @@ import select
 import stat
 import sys
 import traceback
+import zlib
 from os.path import commonprefix
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 
+from fast import parallel
 from fast.processes import together
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
@@ -35,8 +41,8 @@ class LoadError(ValueError):
 
 
 def first_line(error):
-    """What an error says, without its second line; of one about a file what is wrong, without the file's name."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+    """What an error says, without its second line; of the system's what is wrong, without a file's name."""
+    if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -109,6 +115,78 @@ def to_json(value, **style):
         return value
 
     return json.dumps(plain(value), allow_nan=False, **style)
+
+
+@functools.lru_cache  # once is enough
+def note(line):
+    """Tell the user a line, on standard error."""
+    print(line, file=sys.stderr)
+
+
+def write_whole(path, write):
+    """
+    Write a file that is never there by half: `write`, its text or a function of a path, makes a file beside it, which
+    then takes its name. What is no file, such as a pipe, is written directly. Raises ValueError.
+    """
+    target = beside = Path(path)
+    if target.is_file() or not target.exists():
+        target = Path(os.path.realpath(path))  # so that a link stays one
+        beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "w", encoding="utf-8", newline="") as file:
+            mode = os.fstat(file.fileno()).st_mode  # as the umask has it
+            if isinstance(write, str):
+                file.write(write)
+        if not isinstance(write, str):
+            write(beside)
+        if beside != target:
+            beside.chmod(mode)  # safetensors makes files for their owner alone
+            os.replace(beside, target)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be written: {first_line(error)}") from None
+    finally:
+        if beside != target:
+            with contextlib.suppress(OSError):
+                beside.unlink()  # which is there only if something went wrong
+
+
+def checksum(file):
+    """Of a file's bytes, to know it again; None if there is no such file."""
+    return f"{zlib.crc32(Path(file).read_bytes()):08x}" if file and Path(file).is_file() else None
+
+
+def fingerprint(model):
+    """
+    Checksum of a model's weights, the same in any number of processes: of every tensor some rows, since any training
+    changes some tensor, and seldom all. It begins with the dtype that they are rounded to, as float16 differs.
+    """
+    dtype = torch.float16 if model.tok_embeddings.weight.dtype == torch.float16 else torch.bfloat16
+    same, divided = 0, 0  # of what all processes have, and of this one's share of matrices divided among them
+    for name, weight in model.state_dict().items():
+        dim = parallel.split_dim(name)
+        n = len(weight) * (parallel.size if dim == 0 else 1)
+        step = max(1, n // 16) if weight.dim() > 1 else 1
+        own = parallel.share(name, n, 0)
+        rows = weight[-own.start % step :: step].to(dtype).view(torch.int16)
+        bits = int(rows.cpu().numpy().sum(dtype="int64")) * zlib.crc32(name.encode())
+        if dim is None:
+            same += bits
+        else:
+            divided += bits
+    if parallel.size > 1:
+        parts = [None] * parallel.size
+        dist.all_gather_object(parts, divided)
+        divided = sum(parts)
+    return f"{str(dtype).removeprefix('torch.')} {(same + divided) % 2**64:016x}"
+
+
+def made_for(model, file, kept):
+    """Whether `kept`, the fingerprint in a file, is this model's. Where that cannot be told, a note says so."""
+    now = fingerprint(model)
+    if kept is None or kept.split()[0] != now.split()[0]:
+        note(f"[{file}: holds no checksum of weights in this dtype, so it may be for others]")
+        return True
+    return kept == now
 
 
 def import_optional(package, what, command=None):
@@ -184,12 +262,13 @@ def demo_path():
 def check_outputs(*files):
     """Raise ValueError if one of the files cannot be written, before minutes of work and without writing anything."""
     for file in map(Path, filter(None, files)):
-        problem = None
+        folder, problem = Path(os.path.realpath(file)).parent, None
+        places = [file] * file.exists() + [folder] * (file.is_file() or not file.exists())
         if file.is_dir():
             problem = "it is a folder"
-        elif not file.parent.is_dir():
+        elif not file.exists() and not folder.is_dir():
             problem = "there is no such folder"
-        elif not os.access(file if file.exists() else file.parent, os.W_OK):
+        elif not all(os.access(place, os.W_OK) for place in places):
             problem = "no permission"
         if problem:
             raise ValueError(f"{file}: cannot be written: {problem}")

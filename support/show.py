@@ -5,6 +5,7 @@ each other; lines that sum up; a picture of what was skipped; the JSON; a trace 
 
 import csv
 import importlib.util
+import io
 import sys
 import time
 from contextlib import contextmanager
@@ -326,9 +327,6 @@ def tell(generations, prompts, options, settings):
     """What is told when all is written: JSON or the texts that were not streamed, the trace, the lines that sum up."""
     reports = [generation.report() for generation in generations]
     extra = comparison(generations, reports) if options.compare else {}
-    if options.trace:
-        write_trace(options.trace, generations, prompts)
-        note(f"[trace written to {options.trace}]")
     if options.json:
         used = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_p", "seed")}
         weight = generations[0].model.tok_embeddings.weight
@@ -339,6 +337,10 @@ def tell(generations, prompts, options, settings):
         print(common.to_json(report))
     elif len(prompts) > 1:
         print_texts(generations, prompts)
+    if options.trace:  # after the answer, which a full disk must not lose
+        sys.stdout.flush()
+        write_trace(options.trace, generations, prompts)
+        note(f"[trace written to {options.trace}]")
     if options.compare and len(prompts) == 1 and not options.json:
         show_blocks(generations[-1])
     for report in reports:
@@ -368,17 +370,18 @@ def write_csv(path, generation):
     """The trace as CSV, one row per token: for each layer the cosine where it was measured, else "run" or "skip"."""
     trace, prompts = generation.trace, generation.prompts
     ran, cosine, token_index = trace.ran, trace.cosine, trace.token_index
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        out = csv.writer(file)
-        layers = [f"layer_{i}" for i in range(len(ran))]
-        out.writerow(["prompt", "token_index", "token_id", "token", "ffn_skipped", *layers])
-        for row, (prompt, ids) in enumerate(zip(prompts, generation.ids)):
-            forwarded = prompt + ids[:-1]  # the last token is written, and never read
-            padding, stream = max(map(len, prompts)) - len(prompt), TextStream(generation.tokenizer, [])
-            for column, token in enumerate(forwarded, start=padding):
-                cells = ["run" if r else "skip" for r in ran[:, row, column].tolist()]
-                for layer, value in enumerate(cosine[:, row, column].tolist()):
-                    if value == value:  # it is not NaN
-                        cells[layer] = f"{value:.4f}"
-                text = stream.add(token).replace("\n", "\\n")
-                out.writerow([row, token_index[row, column].item(), token, text, cells.count("skip"), *cells])
+    file = io.StringIO()
+    out = csv.writer(file)
+    layers = [f"layer_{i}" for i in range(len(ran))]
+    out.writerow(["prompt", "token_index", "token_id", "token", "ffn_skipped", *layers])
+    for row, (prompt, ids) in enumerate(zip(prompts, generation.ids)):
+        forwarded = prompt + ids[:-1]  # the last token is written, and never read
+        padding, stream = max(map(len, prompts)) - len(prompt), TextStream(generation.tokenizer, [])
+        for column, token in enumerate(forwarded, start=padding):
+            cells = ["run" if r else "skip" for r in ran[:, row, column].tolist()]
+            for layer, value in enumerate(cosine[:, row, column].tolist()):
+                if value == value:  # it is not NaN
+                    cells[layer] = f"{value:.4f}"
+            text = stream.add(token).replace("\n", "\\n")
+            out.writerow([row, token_index[row, column].item(), token, text, cells.count("skip"), *cells])
+    common.write_whole(path, file.getvalue())

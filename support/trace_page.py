@@ -13,13 +13,13 @@ def write_page(path, generations, prompts):
     """
     Write the runs, a list of generate.Generation, side by side as an HTML page: each token shaded by the share of its
     FFN blocks that were skipped, and the layers of the token that is pointed at. `prompts` are headings, one text per
-    prompt. Raises OSError where the file cannot be written.
+    prompt. Raises ValueError where the file cannot be written.
     """
     runs = [describe_run(generation) for generation in generations]
     data = common.to_json(dict(prompts=prompts, runs=runs))
     data = data.replace("<", "\\u003c")  # "</script>" in a text would end the element that holds the data
     template = common.read_utf8(Path(__file__).with_name("trace_page.html"))
-    Path(path).write_text(template.replace(PLACE, data), encoding="utf-8")
+    common.write_whole(path, template.replace(PLACE, data))
 
 
 def describe_run(generation):

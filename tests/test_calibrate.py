@@ -1,6 +1,7 @@
 """calibrate.py: the rule for the cold regions, the prediction by replay, the closed loop, and the settings file."""
 
 import csv
+import functools
 import json
 import math
 import shutil
@@ -86,11 +87,12 @@ def test_a_flat_beginning_is_cold_whichever_of_its_layers_is_lowest():
         assert 10 <= cold_s <= 11 and cold_e == 30
 
 
-@given(st.lists(st.floats(-1, 1), min_size=2, max_size=50))
-def test_any_curve_has_cold_regions(curve):
-    for each in curve, curve[:1] * len(curve):
-        cold_s, cold_e = cold_regions(each)
-        assert 0 <= cold_s <= cold_e <= len(curve)
+@given(st.lists(st.floats(-1, 1, width=16), min_size=2, max_size=50))
+def test_any_curve_has_warm_layers_wherever_it_lies_and_where_it_is_flat_no_others(curve):
+    cold_s, cold_e = cold_regions(curve)
+    assert 0 <= cold_s < cold_e <= len(curve)
+    assert cold_regions([c / 4 for c in curve]) == (cold_s, cold_e)
+    assert cold_regions(curve[:1] * len(curve)) == (0, len(curve))
 
 
 # --- replay and plan --------------------------------------------------------------------------------------------------
@@ -278,6 +280,32 @@ def test_windows_held_out_are_not_among_those_measured(own_text, tmp_path):
         assert windows + held_out == text_windows(Bytes(), NUMBERS, 1000, size=64)  # in the order of the text, and all
 
 
+def read_back(files, max_tokens, folder):
+    """The windows that calibrate.py makes of {name: text}, as texts: (to measure on, held out, the name of all)."""
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    names = [str(folder / name) for name in files]
+    options = calibrate.parse_args(["--text", *names, "--max-tokens", str(max_tokens), "--warm-up-index", "5"])
+    *parts, corpus = gather_windows(tiny_model(vocab_size=128, max_seq_len=64), Bytes(), options)
+    return *([bytes(ids).decode() for ids, _ in windows] for windows in parts), corpus
+
+
+def test_as_much_of_every_file_is_measured_and_held_out(tmp_path):
+    """Its end is held out; a file that gives nothing is an error, and many files give a window each."""
+    measured, held_out, corpus = read_back({"a": "a" * 9999, "b": "b" * 9999}, 768, tmp_path)
+    assert sorted(text[0] for text in measured) == ["a"] * 4 + ["b"] * 4
+    assert sorted(text[0] for text in held_out) == ["a"] * 2 + ["b"] * 2 and corpus == "a, b"
+    digits = {"n": NUMBERS, "b": "b" * 9999}
+    measured, held_out, _ = read_back(digits, 768, tmp_path)
+    assert [text for text in measured + held_out if text[0] != "b"] == [NUMBERS[i : i + 64] for i in range(0, 384, 64)]
+    many = {f"{i}": str(i) * 100 for i in range(9)}
+    measured, held_out, _ = read_back(many, 9 * 20, tmp_path)
+    assert [text[0] for text in measured + held_out] == list(many) and len(held_out) == 3
+    for files in {"a": "a" * 999, "short": "b"}, {"a": "a" * 999, "empty": ""}:
+        with pytest.raises(ValueError, match=f"{list(files)[1]}: too little text, or too few --max-tokens"):
+            read_back(files, 768, tmp_path)
+
+
 @pytest.fixture(params=[38, 5], ids=["one threshold", "a threshold per layer"])
 def calibrated(request, tmp_path, monkeypatch):
     """What main() does with an eight-layer model: its settings file, the model, and the windows it worked on."""
@@ -306,7 +334,7 @@ def test_the_ratios_in_the_settings_are_what_the_shifts_skip_of_the_text_held_ou
     settings = json.loads(file.read_text())
     assert abs(settings["achieved_skip"] - 0.2) <= 0.01
     loaded = policies.load_settings(file, "tiny", 8)
-    policy = FFNSkip(**{key: value for key, value in loaded.items() if key != "ratios"})
+    policy = FFNSkip(**{key: value for key, value in loaded.items() if key not in ("ratios", "made_for")})
     shifts, ratios = zip(*settings["ratios"])
     assert ratios[0] <= 0.03 and ratios[-1] >= 0.35 and len(ratios) > 6
     assert isinstance(policy.sim_threshold, list) == ("per layer" in settings["chosen"])
@@ -317,6 +345,13 @@ def test_the_ratios_in_the_settings_are_what_the_shifts_skip_of_the_text_held_ou
     for low, high in zip(ratios, ratios[1:]):
         planned = policies.find_policy("ffnskip", model, loaded, (low + high) / 2)
         assert low - 0.005 <= skip_ratio(model, planned, held_out) <= high + 0.005
+
+
+def test_a_share_that_no_shift_skips_is_not_among_the_ratios():
+    """Neither what is more than k=1 can skip, nor what is less than the largest shift of the thresholds leaves."""
+    cosines = 0.85 + 0.1 * torch.rand(200, 6, generator=torch.Generator().manual_seed(0))
+    pairs = calibrate.find_ratios(cosines, FFNSkip(1, 5, 0.0, -1, k=1), functools.partial(replay, cosines))
+    assert [ratio for _, ratio in pairs] == pytest.approx([0.2, 0.25, 0.3], abs=0.002)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -393,6 +428,7 @@ WRONG = [  # OUR/: the folder of the test; --out OUR/out.json unless it is given
     (["--cosines", "OUR/ragged.csv"], "ragged.csv:2: 1 columns, and the rows before have 2"),
     (["--cosines", "OUR/words.csv"], "words.csv:2: not a row of cosines"),
     (["--cosines", "OUR/first.csv"], "first.csv:1: not a row of cosines"),
+    (["--cosines", "OUR/angles.csv"], "angles.csv:1: not a row of cosines"),
     (["--cosines", "OUR/wide.csv", *SMALL[:2]], "wide.csv: 3 columns, and hf-gqa has 2 layers"),
     (["--cosines", "OUR/good.csv", "--skip", "0.9"], "0.9 cannot be reached"),
     (["--cosines", "OUR/good.csv", *SMALL[:2], "--skip", "0.9", "--out="], "cannot be reached"),
@@ -411,6 +447,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(args, message, tmp_path, capsy
     (tmp_path / "words.csv").write_text("0.9,0.9\n0.9,high\n")
     (tmp_path / "good.csv").write_text("0.9,0.8\n0.9,0.7\n")
     (tmp_path / "first.csv").write_text("0.9,high\n0.9,0.8\n")
+    (tmp_path / "angles.csv").write_text("0.9,1.5\n0.9,0.8\n")
     (tmp_path / "wide.csv").write_text("0.9,0.8,0.7\n")
     (tmp_path / "latin.txt").write_bytes("na\u00efve".encode("latin-1"))
     before = sorted(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from tiny import mistake, start
 
 from generate import QUESTION, generate, main
 from load_weights import load_model, load_tokenizer
-from support.show import Generation
+from support.show import Generation, speedup_bound
 
 CKPT = str(GOLDEN / "hf-gqa")
 SKIP = ["--policy", "ffnskip", "--cold-s", "0", "--cold-e", "2", "--sim-threshold", "0.5", "--warm-up-index", "1"]
@@ -132,16 +132,22 @@ def test_skipping_is_reported_traced_and_compared(tmp_path, run, report):
     assert out["settings"]["skip"]["sim_threshold"] == 0.5 and out["dense"]["ffn_saved_ratio"] == 0
     pairs = zip(out["token_ids"], out["dense"]["token_ids"])
     assert out["first_difference"] == next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    assert out["speedup_bound"] > 1
+    assert out["speedup_bound"] == pytest.approx(speedup_bound(load_model(CKPT), out["ffn_saved_ratio"])) and n > 3
+    assert 2**26 < out["peak_memory_bytes"] < 2**36  # Python and PyTorch alone take more than 64 MiB
     text = run(*SKIP, "--max-new-tokens", "10", "--compare", "Layers 3 to")
     assert text.out.startswith("[dense]\n") and "\n[ffnskip]\n" in text.out and "x the speed of dense" in text.err
     picture = re.search(r"\[a dot is an FFN block .*\]\n  1 ([\u2800-\u28ff]+)\n\[dense: ", text.err)[1]
     assert sum((ord(char) & 0xFF).bit_count() for char in picture) == skipped
 
 
-def test_the_first_difference_of_several_prompts_is_one_per_prompt(run, report):
-    prompts = "Layers 3 to", "Once upon", "The quick brown"
-    out = report(*SKIP, "--max-new-tokens", "10", "--compare", *prompts)
+def test_the_first_difference_of_several_prompts_is_one_per_prompt(tmp_path, run, report):
+    """And of each the trace has its own tokens, without the padding before a shorter one."""
+    prompts, trace = ("Layers 3 to", "Once upon", "The quick brown"), tmp_path / "trace.csv"
+    out = report(*SKIP, "--max-new-tokens", "10", "--compare", "--trace", str(trace), *prompts)
+    rows = list(csv.DictReader(trace.open(encoding="utf-8")))
+    for prompt, (n, new) in enumerate(zip(out["prompt_tokens"], out["new_tokens"])):
+        index = [int(row["token_index"]) for row in rows if row["prompt"] == str(prompt)]
+        assert index == list(range(-n, new - 1))
     for row, first in enumerate(out["first_difference"]):
         mine, dense = out["token_ids"][row], out["dense"]["token_ids"][row]
         assert mine == dense if first is None else mine[:first] == dense[:first] and mine[first:] != dense[first:]
@@ -186,13 +192,27 @@ def test_settings_in_the_folder_make_ffnskip_the_default(tmp_path, report, capsy
     assert "skip.json: made for a model of 3 layers" in mistake(capsys, main, "--ckpt", folder, "x")
 
 
-def test_ctrl_c_ends_with_the_summary():
-    args = ["--ckpt", CKPT, "--max-new-tokens", 40, "Once"]
+SLOW = """
+import time
+from model import dense
+
+def make(model, skip, warm_up_index=None, tokens=None, seed=0):
+    def policy(layers, x, step):
+        time.sleep(0.1)
+        return dense(layers, x, step)
+    return policy
+"""
+
+
+def test_ctrl_c_ends_with_the_summary(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    args = ["--ckpt", CKPT, "--policy", f"{tmp_path}/slow.py:make", "--skip", 0.1, "--max-new-tokens", 40, "Once"]
     process = start("generate.py", *args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.read(1)  # it has begun to write
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
-    assert "Traceback" not in said and "\n[dense: " in f"\n{said}" and process.returncode in (0, 130)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert 1 <= int(re.search(r"slow.py:make: (\d+) tokens, ", said)[1]) < 40
 
 
 def test_ctrl_c_in_this_process_keeps_what_was_written(monkeypatch, capsys):
@@ -216,6 +236,7 @@ WRONG = {
     "temperature": (["--temperature", "-1", "x"], "--temperature -1.0"),
     "top-p": (["--top-p", "0", "x"], "--top-p 0.0"),
     "skip": (["--skip", "1", "x"], "--skip 1.0"),
+    "seed": (["--seed", str(2**63), "x"], "is not a number from 0 to 2^63 - 1"),
     "no tokens": (["--max-new-tokens", "0", "x"], "0 is not a positive number"),
     "too long": (["word " * 80], "more than the model's max_seq_len 64"),
     "compare nothing": (["--compare", "x"], "--compare needs a policy"),
@@ -258,8 +279,12 @@ def test_the_demo_model_knows_its_end_of_text(demo, report):
 
 
 def test_generation_begins_before_it_ends(demo):
-    """Text streams: the first piece is there while later ones are still being computed."""
-    process = start("generate.py", "--max-new-tokens", 60, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    """Text streams: the first piece is there while later ones are still being computed. And the fit is found, from any
+    folder, in a process of its own: nothing but its own path tells the program where its parts are."""
+    args = ["--policy", "standins", "--skip", 0.15, "--max-new-tokens", 40]
+    process = start("generate.py", *args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")
     process.stdout.read(1)
     assert process.poll() is None
-    assert len(process.communicate()[0]) > 20
+    text, said = process.communicate()
+    skipped = float(re.search(r"\[standins: 40 tokens, .* skipped ([\d.]+)% \(planned 15.0%\)", said)[1])
+    assert len(text) > 20 and 2 < skipped <= 100 * 7 / 30

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_golden import GOLDEN
-from tiny import mistake, status, tiny_model
+from tiny import mistake, random_ids, status, tiny_model
 
 from generate import choose_policy, main, parse_args
 from model import dense
@@ -27,8 +27,8 @@ def test_a_checkpoint_is_known_by_its_name_without_format_and_quantisation(tmp_p
     folder = tmp_path / "Llama-2-7b-hf"
     folder.mkdir()
     assert model_name(folder) == model_name(tmp_path / "Llama-2-7B.Q4_1.gguf") == "llama-2-7b"
-    for name in "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct-BF16.gguf", "SmolLM2-135M-Instruct.gguf":
-        assert model_name(tmp_path / name) == "smollm2-135m-instruct"
+    for kind in ".Q4_1", "-BF16", "-IQ4_XS", ".F32", "":
+        assert model_name(tmp_path / f"SmolLM2-135M-Instruct{kind}.gguf") == "smollm2-135m-instruct"
 
 
 def options(*flags):
@@ -41,7 +41,7 @@ def test_settings_come_from_the_folder_of_the_checkpoint_and_flags_override_them
     folder = tmp_path / "tiny"
     folder.mkdir()
     assert find_settings(options(), folder, 4) == {}
-    (folder / "skip.json").write_text(json.dumps(SETTINGS))
+    (folder / "skip.json").write_text(json.dumps(SETTINGS | dict(model="Tiny")))
     assert find_settings(options(), folder, 4) == dict(cold_s=1, cold_e=3, sim_threshold=0.9, k=2)
     found = find_settings(options("--cold-e", 4, "--k", 0), folder, 4)
     assert found == dict(cold_s=1, cold_e=4, sim_threshold=0.9, k=None)
@@ -83,6 +83,7 @@ def test_the_shipped_settings_fit_the_models_they_name():
         assert raw["model"] == path.stem
         settings = load_settings(path, path.stem, raw["n_layers"])
         settings.pop("ratios", None)
+        settings.pop("made_for", None)
         FFNSkip(**settings).check(raw["n_layers"])
 
 
@@ -129,14 +130,16 @@ def test_what_is_no_policy_is_answered_with_the_names_of_those_that_are(name, ca
 
 
 @pytest.mark.parametrize("name", ["ffnskip", *POLICIES, "FILE.py"])
-def test_the_warm_up_index_reaches_every_policy(name, tmp_path):
+def test_the_warm_up_index_reaches_every_policy(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("policies.baselines.written_text", lambda *args: torch.tensor([random_ids(36)]))
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "tiny.skip.json").write_text(json.dumps(SETTINGS | dict(ratios=[[0.1, 0.1], [0, 0.5]])))
     name = f"{tmp_path}/mine.py:make" if name == "FILE.py" else name
     flags = ["--policy", name, "--skip", "0.25", "x"]
     own = 13 if name == "authors" else 25  # and it needs eleven layers
     model = tiny_model(n_layers=11) if name == "authors" else tiny_model()
-    for more, expected in ([], own), (["--warm-up-index", "3"], 3), (["--warm-up-index", "-1"], -1):
+    for index in None, 3, 0, -1:
+        more, expected = ([], own) if index is None else (["--warm-up-index", str(index)], index)
         found, policy, _ = choose_policy(parse_args([*more, *flags]), tmp_path / "tiny.gguf", model)
         if name.endswith(":make") and not more:
             expected = None  # its own choice
@@ -301,8 +304,21 @@ def test_a_checkpoint_is_a_path_or_a_name_under_checkpoints(tmp_path, monkeypatc
     (tmp_path / "checkpoints" / "mine").mkdir(parents=True)
     assert common.find_checkpoint("mine").resolve() == tmp_path / "checkpoints" / "mine"
     assert common.find_checkpoint(str(tmp_path)) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert common.find_checkpoint("~/checkpoints/mine") == tmp_path / "checkpoints" / "mine"  # as --ckpt=~/... comes
     with pytest.raises(ValueError, match="no checkpoint at yours or checkpoints/yours"):
         common.find_checkpoint("yours")
+
+
+def test_what_has_to_be_writable_is_the_file_or_where_there_is_none_its_folder(tmp_path, monkeypatch):
+    """By a stand-in for os.access, which allows the superuser everything."""
+    there, new = tmp_path / "there", tmp_path / "new"
+    there.touch()
+    for writable, refused in (there, new), (tmp_path, there):
+        monkeypatch.setattr("os.access", lambda path, mode: path == writable)
+        common.check_outputs(*{there, new} - {refused})
+        with pytest.raises(ValueError, match=f"{refused.name}: cannot be written: no permission"):
+            common.check_outputs(refused)
 
 
 def test_the_first_difference_by_hand():

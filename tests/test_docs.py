@@ -3,10 +3,8 @@
 import csv
 import importlib
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +15,10 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import evaluate
 import plot
+
+import generate
 
 README = (ROOT / "README.md").read_text()
 PAGES = ["README.md", "experiments/README.md"]
@@ -261,7 +262,7 @@ def test_the_figures_are_those_of_the_results(page, least, capsys, monkeypatch):
         assert any(all(row in rows for row in as_dicts(lines)) for rows in printed), (command, above)
 
 
-def test_the_fork_guide_works_as_it_stands(tmp_path):
+def test_the_fork_guide_works_as_it_stands(tmp_path, monkeypatch, capsys):
     """Its file, and its two commands to the letter, but for the checkpoint, which has no settings of its own."""
     guide = README.split("## Write your own policy")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
@@ -270,15 +271,12 @@ def test_the_fork_guide_works_as_it_stands(tmp_path):
     assert len(commands) == 2 and len(code.splitlines()) <= 15
     more = ["--ckpt", str(GOLDEN / "hf-gqa"), "--device", "cpu"]
     flags = ["--cold-s", "0", "--cold-e", "2", "--sim-threshold", "0.5", "--warm-up-index", "2"]
-    env = os.environ | dict(OMP_NUM_THREADS="1")
-    outs = []
-    for command, extra in zip(commands, [[], ["--output", str(tmp_path / "out.csv"), *flags]]):
+    monkeypatch.chdir(tmp_path)
+    for program, command, extra in zip((generate, evaluate), commands, ([], ["--output", "out.csv", *flags])):
         script, *words = shlex.split(command)[1:]
-        words = [sys.executable, ROOT / script, *words, *more, *extra]
-        out = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env)
-        assert out.returncode == 0, out.stderr
-        outs.append(out)
-    assert "mine.py:make" in outs[0].stderr
+        assert (ROOT / script).samefile(program.__file__)
+        assert not program.main([*words, *more, *extra])
+        assert "mine.py:make" in capsys.readouterr().err
     rows = list(csv.DictReader(line for line in (tmp_path / "out.csv").read_text().splitlines() if line[0] != "#"))
     assert {row["policy"].split("@")[0] for row in rows} >= {"mine.py:make"}
     assert abs(float(next(row for row in rows if "mine" in row["policy"])["ffn_skip_ratio"]) - 0.25) < 0.1

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import re
 import sys
 from pathlib import Path
 from statistics import median
@@ -12,7 +11,7 @@ import evaluate
 import pytest
 import tasks
 import torch
-from at_ratio import describe, make_policy, on_text, prompts_ratio
+from at_ratio import Calibration, at_ratio_ffnskip, describe, make_policy, on_text, prompts_ratio
 from readers import load_questions, load_text
 from table import Table, cell
 from tasks import TASKS, perplexity
@@ -25,7 +24,7 @@ from calibrate import cold_regions
 from policies.baselines import POLICIES
 from skip import FFNSkip
 from support import common
-from support.measuring import mean_interval, measure, skip_ratio
+from support.measuring import mean_interval, measure, replay, skip_ratio
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ def run(model, tmp_path, monkeypatch):
     ],
 )
 def test_every_task(run, task, file, columns, limit):
-    flags = ["--max-new-tokens", "12", "--policies", "dense,ffnskip,random,shortgpt"]
+    flags = ["--max-new-tokens", "12", "--policies", "dense,ffnskip,random,shortgpt", "--calibration-tokens=96"]
     flags += ["--limit", limit] if limit else []
     flags += ["--prompt-tokens", "16"] if task == "warmup" else []
     rows = run(task, file, *flags)
@@ -103,8 +102,8 @@ def options(*flags):
 WINDOWS = [(random_ids(64, seed, vocab_size=128), 0) for seed in range(6)]
 
 
-def make(name, model, skip, settings, warm_up_index, *flags):
-    tokens = torch.tensor([ids for ids, _ in WINDOWS])
+def make(name, model, skip, settings, warm_up_index, *flags, windows=WINDOWS):
+    tokens = torch.tensor([ids for ids, _ in windows])
     calibration = on_text(model, tokens, 0, 4, 64)
     return make_policy(name, model, skip, calibration, settings, warm_up_index, 0, options(*flags))
 
@@ -131,7 +130,7 @@ def test_the_warm_up_index_of_a_row_reaches_its_policy(model, name):
     if name == "authors":
         model = tiny_model(n_layers=11, vocab_size=128)
     for warm_up_index in -1, 7:
-        policy, _ = make(name, model, 0.2, settings, warm_up_index)
+        policy, _ = make(name, model, 0.2, settings, warm_up_index, windows=WINDOWS[:1])
         assert policy.warm_up_index == warm_up_index
 
 
@@ -258,7 +257,7 @@ def test_resume(run, tmp_path, monkeypatch):
     assert without_seconds(again) == without_seconds(rows) and ran == ["Checkerboard"]
     more = run("perplexity", "text.raw", *flags, "--policies", "static", "--skip", "0.3")
     assert len(more) == 4 and more[:3] == again
-    with pytest.raises(ValueError, match="out.csv:3: made with other settings"):
+    with pytest.raises(ValueError, match=r"out.csv: made with other settings \(limit\)"):
         run("perplexity", "text.raw", *flags, "--limit", 64)
 
 
@@ -313,9 +312,9 @@ def test_seeds_are_rows_of_policies_that_draw(run):
 def test_answers_are_kept_one_by_one(run, tmp_path):
     flags = ["--max-new-tokens", "12", "--policies", "random", "--match", "ffn"]
     run("mtbench", "question.jsonl", *flags)
-    file = tmp_path / "out" / "random-0.2-ffn.jsonl"
+    file = tmp_path / "out" / "random-0.2-ffn-w4.jsonl"
     first, second = (json.loads(line) for line in file.read_text().splitlines())
-    assert first["question_id"] == 81 and first["model_id"] == "random-0.2-ffn"
+    assert first["question_id"] == 81 and first["model_id"] == "random-0.2-ffn-w4"
     assert first["choices"][0]["index"] == 0 and len(first["choices"][0]["turns"]) == 2
     assert first["answer_id"] != second["answer_id"]
     file.write_text(json.dumps(first) + '\n{"question_id"')
@@ -371,8 +370,8 @@ def test_a_table_has_rows_of_one_fit(run, model, tmp_path):
     for seed, fit in enumerate(("a.safetensors", "b.safetensors")):
         write_fit(tmp_path / fit, model, random_fit(model, seed=seed), [[0.1, 0.0], [0.3, 1.0]])
     rows = measured("a.safetensors")
-    assert re.search(r" fit=[0-9a-f]{8}$", rows[1]["setting"]) and measured("a.safetensors") == rows
-    with pytest.raises(ValueError, match="out.csv: its row of standins is of another fit: give another --output"):
+    assert measured("a.safetensors") == rows
+    with pytest.raises(ValueError, match=r"out.csv: made with other settings \(fit_checksum\): give another --output"):
         measured("b.safetensors")
 
 
@@ -414,3 +413,30 @@ def test_help_reads(capsys):
         evaluate.parse_args(["--help"])
     text = capsys.readouterr().out
     assert all(task in text for task in TASKS) and "--calibration" in text
+
+
+def test_calibration_windows_come_from_all_over_the_file(model, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("".join(char * 64 for char in "abcd"))
+    flags = options("--calibration", str(tmp_path / "text.txt"), "--calibration-tokens=256", "--warm-up-index=4")
+    found = evaluate.calibrate(model, Bytes(), None, tasks.Context(), flags)
+    assert [Bytes().decode(ids) for ids in found.tokens.tolist()] == [char * 64 for char in "abcd"]
+
+
+def test_the_nearest_to_the_ratio_is_kept(model, tmp_path):
+    """Also where it is the first policy made, and what is asked for beside it skips nothing or all."""
+    (tmp_path / "mine.py").write_text(
+        "from policies.baselines import RandomSkip\n\n\n"
+        "def make(model, skip, *args, **more):\n"
+        "    return RandomSkip(model, 0.2 if skip == 0.3 else round(skip), *args, **more)\n"
+    )
+    policy, ratio = make(f"{tmp_path}/mine.py:make", model, 0.3, {}, 4)
+    assert policy.skip == 0.2 and ratio == skip_ratio(model, policy, WINDOWS) < 0.29
+
+
+def test_a_threshold_is_looked_for_among_the_cosines_of_warm_layers():
+    """Of all tokens: here the first ones, and the cold layers of all, have none that is reached."""
+    cosines = torch.full((200, 6), 0.1)
+    cosines[20:, 1:5] = 0.9 + 0.1 * torch.rand(180, 4, generator=torch.Generator().manual_seed(0))
+    calibration = Calibration(None, cosines, lambda policy: replay(cosines, policy), 0)
+    policy, ratio = at_ratio_ffnskip(FFNSkip(1, 5, 1.0, k=1), tiny_model(n_layers=6), 0.02, calibration)
+    assert ratio == pytest.approx(0.02, abs=0.003) and 0.9 < policy.sim_threshold < 1

@@ -114,6 +114,35 @@ def test_sampled_texts_are_refused(model):
         ask(ours(model), "generate_until", ("Is it?", dict(until=[], do_sample=True)))
 
 
+def test_what_a_task_may_write_is_read_as_the_harness_reads_it(model, theirs):
+    """One stop text or a list of them, and every name of the most tokens; not more tokens than the context has."""
+    prompt = "The quick brown fox"
+    for wanted in dict(until="e", max_gen_toks=12), dict(until="the", max_new_tokens=12), dict(until=[], max_tokens=5):
+        mine = ask(ours(model), "generate_until", (prompt, wanted))
+        assert mine == ask(theirs, "generate_until", (prompt, wanted))
+    for until in [""], None:
+        wanted = dict(until=until, max_completion_tokens=5, temperature=0.0)
+        assert ask(ours(model), "generate_until", (prompt, wanted)) == mine
+    for wanted in dict(until=[], temperature=0.7), dict(until="e", do_sample=True):
+        with pytest.raises(ValueError, match="the task wants sampled texts"):
+            ask(ours(model), "generate_until", ("Is it?", wanted))
+    with pytest.raises(ValueError, match="the task wants 48 new tokens, and the model's max_seq_len is 48"):
+        ask(ours(model), "generate_until", ("Is it?", dict(until="e", max_new_tokens=48)))
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "generate_until"])
+def test_a_text_that_is_too_long_is_told(model, theirs, capsys, kind):
+    """Its beginning is cut off, as the harness does it."""
+    common.note.cache_clear()
+    what = " yes" if kind == "loglikelihood" else dict(until=["e"], max_gen_toks=12)
+    ask(ours(model), kind, ("Is it?", what))
+    assert "lose their beginning" not in capsys.readouterr().err
+    mine = ask(ours(model), kind, (LONG, what))
+    assert "texts longer than the context of 48 lose their beginning" in capsys.readouterr().err
+    other = ask(theirs, kind, (LONG, what))
+    assert mine == other if kind == "generate_until" else mine[0][0] == pytest.approx(other[0][0], abs=1e-4)
+
+
 @pytest.fixture
 def run(model, tmp_path, monkeypatch):
     """run(*flags): the program on a task file over local data, with a tiny model."""
@@ -165,12 +194,18 @@ def test_the_program_answers_as_transformers_does_and_goes_on(run, theirs, tmp_p
     assert capsys.readouterr().out.count("| random |") == 2  # the table is printed each time
     with pytest.raises(ValueError, match="made with other settings"):
         run(*flags, "--num-fewshot=2")
+    task = tmp_path / "animals.yaml"
+    task.write_text(task.read_text().replace("Answer:", "It is:"))  # the fixture's own, seen by the next run
+    with pytest.raises(ValueError, match="made with other settings"):
+        run(*flags)
 
 
 def test_mistakes_are_one_line(run, tmp_path, capsys, monkeypatch):
     said = mistake(capsys, lm_eval_model.main, "--tasks", "nosuch")
     assert "no task nosuch" in said and "--include-path" in said
     assert "required: --tasks" in mistake(capsys, lm_eval_model.main)
+    for flag in "--chat", "--decode":
+        assert f"{flag} is not for tasks" in mistake(capsys, lm_eval_model.main, "--tasks", "animals", flag)
     assert "--nosuch" in mistake(capsys, lm_eval_model.main, "--tasks", "animals", "--nosuch", "1")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert "make eval" in mistake(capsys, lm_eval_model.main, "--tasks", "animals")

@@ -860,3 +860,26 @@ def test_out_keeps_every_end_of_text(tmp_path):
     edit_json("config.json", eos_token_id=[2, 7])(tmp_path / "old")
     assert cli(str(tmp_path / "old"), "--out", str(tmp_path / "new")).returncode == 0
     assert load_tokenizer(tmp_path / "new").eos_ids == load_tokenizer(tmp_path / "old").eos_ids == {2, 7}
+
+
+@pytest.mark.parametrize("layout, edit, message", [
+    ("hf-gqa", edit_tensors(lambda t: {Q: t[Q].to(torch.float8_e4m3fn)}), "q_proj.weight is in torch.float8_e4m3fn"),
+    ("meta-gqa", edit_json("params.json", quantization_args={}), "params.json: .*quantised weights are not supported"),
+    ("hf-mha", edit_tensors(lambda t: {Q: torch.ones(32, 32)}, SHARDS[0]), f"tensor {Q} is in another file"),
+])  # fmt: skip
+def test_more_that_is_broken_is_named(layout, edit, message, tmp_path):
+    edit(golden(layout, tmp_path / layout))
+    with pytest.raises(LoadError, match=message):
+        load_model(tmp_path / layout)
+
+
+def test_a_window_in_a_gguf_file_is_refused():
+    value = dict({"general.architecture": "llama", "llama.attention.sliding_window": 4096}).get
+    with pytest.raises(LoadError, match="llama.attention.sliding_window = 4096 is not supported"):
+        gguf_args("x", value, {})
+
+
+def test_an_epsilon_that_config_json_does_not_say_is_that_of_transformers(tmp_path):
+    folder = golden("hf-gqa", tmp_path / "m")
+    edit_json("config.json", rms_norm_eps="gone")(folder)
+    assert load_model(folder).args.norm_eps == 1e-6

@@ -26,6 +26,7 @@ from support.measuring import (
     read_text,
     skip_ratio,
     text_windows,
+    written_text,
 )
 from support.tracing import Trace
 
@@ -34,7 +35,7 @@ from support.tracing import Trace
 
 def test_text_is_read_from_plain_files_and_json_lines(tmp_path):
     (tmp_path / "a.raw").write_text("= A =\n\nText\n")
-    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": ""}\n{"text": "two"}\n')
     assert read_text([tmp_path / "a.raw", tmp_path / "b.jsonl"]) == "= A =\n\nText\n\n\none\n\ntwo"
 
 
@@ -68,7 +69,17 @@ def test_windows_of_text_begin_as_the_tokenizer_begins_a_text():
     windows = text_windows(load_tokenizer(GOLDEN / "hf-gqa"), "word " * 900, 1100)
     assert [len(ids) for ids, _ in windows] == [512, 512, 1100 - 2 * 511 + 1]
     assert all(ids[0] == 1 and prompt_len == 0 for ids, prompt_len in windows)
+    tokenizer = Bytes()
+    tokenizer.encode = lambda text, bos=None: list(range(len(text) // 10))  # as many characters as real tokens may have
+    assert [len(ids) for ids, _ in text_windows(tokenizer, "x" * 1000, 80, size=50)] == [50, 30]
     assert text_windows(Bytes(), "abcdefgh", 5, size=3) == [(list(b"abc"), 0), (list(b"de"), 0)]  # no bos to begin with
+
+
+def test_text_that_the_model_writes_follows_the_token_that_begins_one():
+    model, read = tiny_model(), []
+    model.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    ids = written_text(model, 2, 5, seed=1, begin=7)
+    assert torch.equal(torch.cat(read, dim=1), torch.cat((torch.full((2, 1), 7), ids[:, :-1]), dim=1))
 
 
 def test_windows_that_the_model_writes_are_its_prompts_and_what_it_drew():

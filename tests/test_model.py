@@ -375,16 +375,17 @@ def test_the_parts_of_a_layer(data):
     def write_kv(x, step, active):
         layer.attention.write_kv(layer.attention_norm(x), step, active)
 
+    everyone = torch.ones_like(active)
     for part in write_kv, layer.add_attention:
-        for named in None, active:
+        for turns, kept in ([None], everyone), ([active], active), ([active, ~active], everyone):
             other = KVCache(model.args, *tokens.shape)
 
             def only(layers, x, step):
-                part(x, step, named)
+                for named in turns:
+                    part(x, step, named)
                 return x
 
             model(tokens, other, policy=only)
-            kept = torch.ones_like(active) if named is None else named
             assert torch.equal(other.written[0], kept) and other.complete() == bool(kept.all())
             assert close(other.k, cache.k * kept[:, None, :, None]) and close(other.v, cache.v * kept[:, None, :, None])
 
@@ -449,7 +450,9 @@ def test_attention_of_a_single_row_is_exact_to_its_dtype(columns, dtype, masked,
         torch.testing.assert_close(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
-def test_the_scratch_memory_has_room_for_a_head_of_any_length():
+def test_the_scratch_memory_has_room_for_a_head_of_any_length(monkeypatch):
+    monkeypatch.setattr(one_row, "AMX", False)
+    monkeypatch.setattr(one_row, "AVX512_BF16", True)
     for columns in 1, 5000:  # of 128: more than its least size
         q, k, v = (torch.ones(1, 2, n, 128, dtype=torch.bfloat16) for n in (1, columns, columns))
         assert torch.equal(one_row.Attention.attend(None, q, k, v, SimpleNamespace(mask=None)), q)

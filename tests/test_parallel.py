@@ -23,6 +23,7 @@ from tiny import tiny_model
 
 import generate
 from fast import parallel
+from fast.processes import from_first
 from load_weights import HUGGING_FACE, load_model
 from model import KVCache
 from skip import FFNSkip
@@ -50,7 +51,7 @@ def look(path):
     return dict(
         logits=torch.cat(parts, dim=1), ids=ids, ran=[one.ran for one in trace.passes], sums=len(sums),
         cosine=[one.cosine for one in trace.passes], blocks=sum(map(sum, ran)), skipped=any(a > b for a, b in ran),
-        weights=weights, complete=cache.complete(), cache=tuple(cache.k.shape),
+        weights=weights, fingerprint=common.fingerprint(model), complete=cache.complete(), cache=tuple(cache.k.shape),
     )
 
 
@@ -62,6 +63,8 @@ def main(argv=None):
 
         import calibrate
 
+        with pytest.raises(KeyError, match="what the first one lacks"):  # all of them end, and none waits
+            from_first(lambda: {}["what the first one lacks"])
         with pytest.raises(ValueError, match="n_heads 4, n_kv_heads 1 and hidden_dim 64: .* as 1 does"):
             load_model(GOLDEN / "hf-mqa")
         generate.main([*map(str, FLAGS + SKIP), "--json", "--max-new-tokens", "9", "a b c"])
@@ -107,6 +110,7 @@ def check(folder, n, paths):
         assert (first["logits"] - one["logits"]).abs().max() <= 1e-5 * one["logits"].abs().max()
         assert str(first["ran"]) == str(one["ran"]) and first["ids"] == one["ids"]
         assert one["sums"] == 0 and first["sums"] == first["blocks"]  # no block that is skipped sends anything
+        assert first["fingerprint"] == one["fingerprint"]
         assert first["cache"][2] == one["cache"][2] / n
         for name, shape in one["weights"].items():
             split = name.startswith("layers.") and len(shape) == 2

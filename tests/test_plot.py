@@ -1,12 +1,11 @@
 """experiments/plot.py: what it prints, to the letter, what it draws, and what it says of files that it cannot use."""
 
 import csv
-import os
 import re
 import shutil
-import subprocess
 import sys
 
+import evaluate
 import plot
 import pytest
 from test_golden import GOLDEN
@@ -14,7 +13,6 @@ from tiny import mistake
 
 from support.measuring import mean_interval, paired_interval
 
-ENV = os.environ | dict(OMP_NUM_THREADS="1")
 STORY = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "
 TRACE = '''\
 prompt,token_index,token_id,token,ffn_skipped,layer_0,layer_1,layer_2
@@ -353,13 +351,13 @@ def test_without_a_path_all_results_and_the_cosines_of_config_are_drawn(monkeypa
     assert printed(capsys, results, "--out", tmp_path / "mine") == [str(tmp_path / "mine" / "p.png")]
 
 
-def test_what_evaluate_writes_is_drawn(tmp_path):
+def test_what_evaluate_writes_is_drawn(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "text.raw").write_text(STORY * 12)
-    command = [sys.executable, plot.ROOT / "experiments" / "evaluate.py", "warmup", "--ckpt", GOLDEN / "hf-gqa"]
-    command += ["--device", "cpu", "--policies", "dense,random,shortgpt", "--window", "64", "--data", "text.raw"]
-    command += ["--limit", "128", "--warm-up-index=-1,8", "--prompt-tokens", "8"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENV)
-    assert done.returncode == 0 and "[written to out/warmup.csv;" in done.stderr, done.stderr
+    args = ["warmup", "--ckpt", str(GOLDEN / "hf-gqa"), "--device", "cpu", "--policies", "dense,random,shortgpt"]
+    args += ["--window", "64", "--data", "text.raw", "--limit", "128", "--warm-up-index=-1,8", "--prompt-tokens", "8"]
+    evaluate.main(args)
+    assert "[written to out/warmup.csv;" in capsys.readouterr().err
     plot.main([str(tmp_path / "out"), "--out", str(tmp_path)])
     assert (tmp_path / "warmup.png").stat().st_size > 10000

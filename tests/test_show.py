@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_golden import GOLDEN
-from tiny import Bytes, random_ids, start
+from tiny import Bytes, new_cache, random_ids, start
 
 from generate import main, parse_args
 from generate import start as begin
@@ -200,5 +200,20 @@ def test_what_is_drawn_is_not_timed(model, monkeypatch):
     def draw():
         clock[0] += 100
 
-    generation = begin(parse_args(["x"]), model, Bytes(), "dense", policy, [random_ids(5)])
+    ids, cache = random_ids(5), new_cache(model, 1)
+    model(torch.tensor([ids[:2]]), cache)
+    generation = begin(parse_args(["x"]), model, Bytes(), "dense", policy, [ids], cache)
     assert show.write([generation], nullcontext(draw), range(4)) and generation.times == [1, 1, 1, 1]
+    assert generation.report()["prefill_tokens_per_s"] == 3  # two of the five were held by the cache
+
+
+def test_ctrl_c_shows_what_was_held_back():
+    """The bytes of a character that will not be completed: also of a text whose turn it was not."""
+    shown = []
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    generations = [SimpleNamespace(advance=interrupted, finish=lambda name=name: shown.append(name)) for name in "ab"]
+    assert not show.write(generations, nullcontext(lambda: shown.append("drawn")), range(4))
+    assert shown == ["a", "b", "drawn"]

@@ -86,6 +86,7 @@ def drawn(trace):
         (dict(cold_s=4, cold_e=5), "^^^^^^^^^^", "##########"),
         (dict(cold_s=4, cold_e=6), "^^^^^^^^^^", "#####.####"),
         (dict(sim_threshold=[0.99] * 4 + [0.9] * 6), "^^^^^^^^^^", "#####...##"),  # one threshold for each layer
+        (dict(sim_threshold=(0.99,) * 4 + (0.9,) * 6), "^^^^^^^^^^", "#####...##"),
         (dict(sim_threshold=[0.9] * 4 + [0.99] * 6), "___^______", "####....##"),
         (dict(sim_threshold=[0.4] + [0.99] * 9), "^_________", "##########"),
     ],

@@ -15,7 +15,7 @@ from generate import generate
 from model import KVCache, dense
 from policies import baselines
 from skip import FFNSkip
-from support.common import first_difference
+from support.common import first_difference, note
 from support.measuring import mean_interval, paired_interval
 from support.tracing import Trace
 
@@ -307,6 +307,29 @@ def test_worstcase_by_hand(model):
     assert 0 < result["never"] < 1
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_story_that_is_too_long_loses_its_end_and_not_the_instruction(model, prompted, tmp_path, capsys, chat):
+    """It is counted; an answer before a second turn is cut likewise, and what would lose more than that is an error."""
+    note.cache_clear()
+    context = Context(max_new_tokens=24, chat=chat, answers=tmp_path / "a" / "answers.jsonl", label="summarize x")
+    stories = [dict(question_id=i, turns=[readers.SUMMARIZE + text]) for i, text in enumerate((STORY, STORY * 40))]
+    row = tasks.write_answers(model, Bytes(), dense, stories, context)
+    short, long = sorted(prompted, key=len)
+    head, tail = ("[user] ", "\n") if chat else (PAPER_CHAT.split("<")[0], " ASSISTANT:")
+    assert short == head + readers.SUMMARIZE + STORY + tail
+    assert long.startswith(head + readers.SUMMARIZE + STORY) and long.endswith(tail) and 960 < len(long) <= 1000
+    assert row["prompts_cut"] == 1 and "summarize x: 1 of 2 prompts were too long" in capsys.readouterr().err
+    turns = ["One?", "word " * 400, "Two?"]
+    ids, cut = tasks.fitting_ids(model, Bytes(), turns, context)
+    assert cut and "One?" in Bytes().decode(ids) and "Two?" in Bytes().decode(ids) and len(ids) <= 1000
+    assert tasks.fitting_ids(model, Bytes(), turns[:1], context) == (tasks.chat_ids(Bytes(), turns[:1], context), 0)
+    context.max_new_tokens = 1000
+    with pytest.raises(ValueError, match="and 1000 new ones are more than the model's max_seq_len 1024: give"):
+        tasks.write_answers(model, Bytes(), dense, [dict(question_id=7, turns=["Why? " * 99])], context)
+    with pytest.raises(ValueError, match="a prompt of 30 tokens and 1000 new ones"):
+        tasks.collapse(model, Bytes(), dense, [dict(text=STORY)], Context(max_new_tokens=1000, prompt_tokens=30))
+
+
 def test_answers_are_those_of_each_record_alone(model, tmp_path):
     """Whatever else is in a batch, and however many turns it has; what describes a record is kept beside them."""
     turns = ["Say 1."], ["Say 22.", "Say it again."], ["Say 333."]
@@ -319,3 +342,16 @@ def test_answers_are_those_of_each_record_alone(model, tmp_path):
     for record, a, b in zip(records, *both):
         assert a["choices"] == b["choices"] and a["counts"] == b["counts"] and a["length"] == "small"
         assert len(a["choices"][0]["turns"]) == len(record["turns"])
+
+
+def test_text_of_the_models_own_is_not_that_which_policies_are_calibrated_on(model, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(tasks, "written_text", lambda *args: seeds.append(args[3]) or torch.tensor([[1, 2, 3, 4]] * 2))
+    tasks.perplexity(model, Bytes(), dense, None, Context(seed=5, window=4))
+    assert seeds == [6]  # evaluate.calibrate has 5
+
+
+def test_of_a_prompt_that_is_too_long_the_end_is_read(model):
+    ids = [*range(1, 120)] * 10
+    (text,) = tasks.write_texts(model, Bytes(), dense, [ids], Context(max_new_tokens=8), stop=False)
+    assert text.ids == list(generate(model, ids[-(1024 - 8) :], 8)) and text.ran.size(1) == 1024 - 1

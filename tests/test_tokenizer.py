@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from test_golden import GOLDEN
 
-from support.chat_template import render
+from support.chat_template import llama_2_turns, render
 from support.common import LoadError
 from support.gguf_file import sentencepiece_proto
 from support.tokenizer import SentencePieceTokenizer, load_tokenizer
@@ -475,3 +475,25 @@ def test_llama_2s_chat_format_on_another_model_is_told_once(layout, name, config
     tokenizer.chat(TURNS)
     err = capsys.readouterr().err
     assert err.count("no chat template: LLaMA-2's format is used") == err.count("\n") == warns
+
+
+def test_a_template_cannot_change_the_conversation_and_leaves_no_blanks_of_its_tags():
+    """As transformers renders it: in an immutable sandbox; white space before a tag that begins a line is not text."""
+    messages = [dict(role="user", content="x")]
+    with pytest.raises(LoadError, match="template failed"):
+        render("{% set _ = messages.append(messages[0]) %}", messages)
+    assert render("a\n  {% if messages %}\nb\n  {% endif %}", messages) == "a\nb\n" and len(messages) == 1
+
+
+def test_an_answer_in_llama_2s_format_has_one_space_at_either_side():
+    """However many the text that was generated, and comes back, had."""
+    turns = dict(role="user", content="Hi"), dict(role="assistant", content="  Ho\n")
+    assert llama_2_turns(turns) == [("[INST] Hi [/INST] Ho ", True)]
+
+
+def test_null_says_nothing(tmp_path):
+    """As in files that Hugging Face's own scripts have written, whatever the name."""
+    null = dict.fromkeys(["eos_token_id", "eos_token", "added_tokens_decoder", "chat_template", "legacy"])
+    folder = hf(tmp_path / "m", generation_config=null, tokenizer_config=null, special_tokens_map=null)
+    tokenizer, plain = load_tokenizer(folder), load_tokenizer(GOLDEN / "hf-gqa")
+    assert tokenizer.eos_ids == plain.eos_ids and tokenizer.encode("a</s>b") == plain.encode("a</s>b")

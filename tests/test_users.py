@@ -1,17 +1,19 @@
 """What users have, beside checkpoints and tokenizers: caches, terminals, text files, numbers that are not finite."""
 
+import io
 import json
 import math
 import shutil
 from types import SimpleNamespace
 
+import bench
 import evaluate
 import pytest
 import tasks
 import torch
 from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN
-from tiny import Bytes, mistake, start, tiny_model
+from tiny import Bytes, mistake, start, status, tiny_model
 from torch.torch_version import TorchVersion
 
 import calibrate
@@ -146,16 +148,16 @@ def test_text_that_is_not_utf_8_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-def test_a_terminal_that_cannot_show_a_character_loses_nothing_else(encoding, tmp_path):
+def test_a_terminal_that_cannot_show_a_character_loses_nothing_else(encoding, tmp_path, monkeypatch):
     """The curve is drawn with bars, and a text may hold anything: calibrate.py writes its settings all the same."""
-    shutil.copy(GOLDEN / "hf-gqa" / "config.json", tmp_path)
     rows = "\n".join("0.9,0.95" if i % 2 else "0.5,0.9" for i in range(40))
     (tmp_path / "c.csv").write_text(rows)
-    args = ["--cosines", str(tmp_path / "c.csv"), "--skip", "0.25", "--out", str(tmp_path / "o.json")]
-    process = start("calibrate.py", *args, stdout=-1, stderr=-1, env=dict(PYTHONIOENCODING=encoding))
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert (b"\xe2\x96\x88" if encoding == "utf-8" else b"?") in out and strict((tmp_path / "o.json").read_text())
+    out = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding=encoding))
+    args = ["--cosines", tmp_path / "c.csv", "--skip", "0.25", "--out", tmp_path / "o.json"]
+    assert status(calibrate.main, *args) == 0
+    assert ("\u2588".encode() if encoding == "utf-8" else b"?") in out.getvalue()
+    assert strict((tmp_path / "o.json").read_text())
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -183,7 +185,9 @@ def test_no_program_measures_what_is_not_finite(damaged, tmp_path, capsys):
     assert "not finite" in mistake(capsys, calibrate.main, *args)
     args = ["perplexity", "--ckpt", damaged, "--data", text, "--window", "32", "--policies", "dense"]
     assert "not finite" in mistake(capsys, evaluate.main, *args, "--output", tmp_path / "t.csv")
-    assert not (tmp_path / "o.json").exists()
+    args = ["--ckpt", damaged, "--prompt", "4", "--tokens", "3", "--out", tmp_path / "b.csv"]
+    assert "not finite" in mistake(capsys, bench.main, *args)
+    assert not (tmp_path / "o.json").exists() and not (tmp_path / "b.csv").exists()
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-300, 1e-6])
