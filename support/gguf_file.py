@@ -25,7 +25,7 @@ LLAMA_3 = (  # its pre-tokenizer: contractions, words with one sign before them,
 def open_gguf(path):
     """(reader, value): the package gguf's reader of a file, and value(key, default=None) for its metadata."""
     gguf = import_optional("gguf", path)
-    if first_bytes(path)[4:8] == b"\0\0\0\3":
+    if first_bytes(path)[4:7] == b"\0\0\0":  # the high bytes of its version
         raise LoadError(f"{path}: a big-endian GGUF file: llama.cpp's gguf_convert_endian.py makes a little-endian one")
     with load_errors(path, "not a GGUF file, or cut short"):  # it checks nothing, and fails anywhere in a cut file
         try:
