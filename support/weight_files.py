@@ -18,8 +18,8 @@ ORDER = (  # in which weights are preferred, by the names of their files
     "model.safetensors", "model-*.safetensors", "consolidated*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin",
     "consolidated*.pth", "*.safetensors", "*.bin", "*.pth",
 )  # fmt: skip
-# what a trainer leaves beside the weights of a model
-OTHERS = "adapter|optim|sched|training_args|rng_state|random_states|pytorch_lora"
+# what a trainer, or a fit, leaves beside the weights of a model
+OTHERS = r"adapter|optim|sched|training_args|rng_state|random_states|pytorch_lora|(.*\.)?standins\."
 MERGE = "first merge it (peft has merge_and_unload) into"
 # tables and masks that real files carry, and that model.py computes
 BUFFERS = r"rope\.freqs|inv_freq|freqs_(cis|cos|sin)|(cos|sin)_cached|position_ids|(^|[._])mask|masked_bias"

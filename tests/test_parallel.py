@@ -39,6 +39,7 @@ SKIP = "--cold-s", 0, "--cold-e", 2, "--sim-threshold", 0.7, "--k", 1, "--warm-u
 def look(path):
     """What a process sees of a checkpoint: logits of two rows and of a text that it writes, decisions, and traffic."""
     model, sums, add_up = load_model(path, dtype=torch.float32), [], parallel.dist.all_reduce
+    model(torch.tensor([[3]]))  # whose first row is compared with what the fast layers make of it
     parallel.dist.all_reduce = lambda out: sums.append(add_up(out))
     policy, trace = FFNSkip(0, model.args.n_layers, 0.7, warm_up_index=-1, k=1), Trace(cosines=True)
     tokens = torch.arange(3, 19).view(2, 8)  # two rows, which disagree about what to skip
