@@ -12,6 +12,7 @@ out, and writes the best as skip.json beside the checkpoint, where generate.py f
 plans from recorded cosines alone (one row per token, one column per layer), with no model in memory.
 """
 
+import support  # noqa: I001, F401 (before PyTorch: Ctrl-C)
 import functools
 import math
 import sys

@@ -7,6 +7,7 @@ Generate text with a LLaMA checkpoint, dense or with feed-forward skipping (FFN-
     python generate.py --chat                                      a conversation
 """
 
+import support  # noqa: I001, F401 (before PyTorch: Ctrl-C)
 import functools
 import sys
 from contextlib import nullcontext

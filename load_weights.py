@@ -23,6 +23,7 @@ References:
 3) the rotary frequencies of Llama-3.1 and later: https://github.com/meta-llama/llama-models, apply_scaling
 """
 
+import support  # noqa: I001, F401 (before PyTorch: Ctrl-C)
 import functools
 import math
 import re

@@ -41,10 +41,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+
+import support  # noqa: I001, F401 (before PyTorch: Ctrl-C)
+import torch
 
 import plot
 from peers import make_peers

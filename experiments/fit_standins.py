@@ -12,11 +12,12 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import support  # noqa: I001, F401 (before PyTorch: Ctrl-C)
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import policies
 from generate import generate_batch

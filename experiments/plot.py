@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import support  # noqa: I001, F401 (before PyTorch: Ctrl-C)
+
 from table import by_panel, grouped, interval, logs, read
 
 from support import common

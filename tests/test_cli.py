@@ -204,6 +204,15 @@ def make(model, skip, warm_up_index=None, tokens=None, seed=0):
 """
 
 
+@pytest.mark.parametrize("script", ["generate.py", "calibrate.py", "load_weights.py", "experiments/evaluate.py"])
+def test_ctrl_c_while_pytorch_is_imported_leaves_no_traceback(script, tmp_path):
+    """A package of that name is interrupted in its first line."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise KeyboardInterrupt")
+    process = start(script, stderr=subprocess.PIPE, env=dict(PYTHONPATH=str(tmp_path)))
+    assert process.communicate()[1] == b"" and process.returncode
+
+
 def test_ctrl_c_ends_with_the_summary(tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
     args = ["--ckpt", CKPT, "--policy", f"{tmp_path}/slow.py:make", "--skip", 0.1, "--max-new-tokens", 40, "Once"]
