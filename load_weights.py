@@ -32,7 +32,7 @@ from unittest.mock import patch
 
 import torch
 
-from fast import accelerate, parallel
+from fast import accelerate, compare, parallel
 from model import ModelArgs, Transformer
 from support import common
 from support.checkpoint_report import describe, save
@@ -79,7 +79,8 @@ def load_model(path, device="cpu", dtype=None):
 def load(ckpt, device, dtype):
     """The tokenizer and the model of a checkpoint; with a bar on a terminal, since a GGUF file takes seconds."""
     loaders = load_tokenizer, functools.partial(load_model, device=device, dtype=dtype)
-    return [loader(ckpt) for loader in common.progress(loaders, "loading")]
+    tokenizer, model = [loader(ckpt) for loader in common.progress(loaders, "loading")]
+    return tokenizer, compare(model)
 
 
 def empty_model(args):

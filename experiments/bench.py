@@ -46,7 +46,6 @@ sys.path.insert(0, str(HERE.parent))
 
 import support  # noqa: I001, F401 (before PyTorch: Ctrl-C)
 import torch
-
 import plot
 from peers import make_peers
 

@@ -43,7 +43,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import support  # noqa: I001, F401 (before PyTorch: Ctrl-C)
 import torch
-
 import plot
 from at_ratio import describe, make_policy, on_text, prompts_ratio
 from readers import load_text

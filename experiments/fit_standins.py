@@ -18,7 +18,6 @@ import support  # noqa: I001, F401 (before PyTorch: Ctrl-C)
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-
 import policies
 from generate import generate_batch
 from load_weights import load

@@ -21,10 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import support  # noqa: I001, F401 (before PyTorch: Ctrl-C)
-
 from readers import load_stories, load_turns
 from table import add_record, read_records
-
 from support import common
 from support.measuring import read_jsonl
 

@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import support  # noqa: I001, F401 (before PyTorch: Ctrl-C)
 import torch
-
 import evaluate
 from tasks import TASKS, count_blocks, means, ratios
 

@@ -19,9 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import support  # noqa: I001, F401 (before PyTorch: Ctrl-C)
-
 from table import by_panel, grouped, interval, logs, read
-
 from support import common
 
 # One colour per policy in all pictures (Okabe and Ito's, which the colour-blind can tell apart), the rest grey.

@@ -163,9 +163,7 @@ class Layer:
 
     def add_up(self, out):
         """The output of a block; of several processes, summed over them, which a hook does for model.py's layers."""
-        if parallel.size > 1:
-            parallel.add_up(None, None, out)
-        return out
+        return parallel.add_up(None, None, out) if parallel.size > 1 else out
 
     def cosine(self, h, temp):
         return [self.squares.cosine(h, temp)] if h.numel() == h.size(-1) else self.layer.cosine(h, temp)
@@ -176,6 +174,7 @@ def multiply(x, weight):
 
 
 kept = WeakKeyDictionary()  # {KVCache: its Layers}
+compared = WeakKeyDictionary()  # {model.Block: whether a Layer computes the same}
 VERIFY = 8  # a token of so many is verified to be changed nowhere in place
 
 
@@ -189,20 +188,24 @@ def faster(layers, cache):
     if plain == layers:
         found[0].squares.verifies = cache.length % VERIFY == 0
         return found
-    if type(cache) is not model.KVCache or "write" in vars(cache) or not all(map(is_plain, layers)):
+    if type(cache) is not model.KVCache or "write" in vars(cache) or not are_known(layers, cache.args):
         return layers
-    for layer in layers:
-        if layer not in compared:
-            compared[layer] = computes_the_same(layer, cache.args)
-        if not compared[layer]:
-            return layers
     squares = Squares()
     found = [Layer(layer, cache, squares) for layer in layers]
     kept[cache] = layers, found
     return found
 
 
-compared = WeakKeyDictionary()  # {model.Block: whether a Layer computes the same}
+def are_known(layers, args):
+    """Whether the layers are as model.py had them when this file was written, and a Layer computes the same."""
+    if not all(map(is_plain, layers)):
+        return False
+    for layer in layers:
+        if layer not in compared:
+            compared[layer] = computes_the_same(layer, args)
+        if not compared[layer]:
+            return False
+    return True
 
 
 def computes_the_same(layer, args):
@@ -231,7 +234,6 @@ def one_token(layer, x, cache):
     return temp.float(), layer.cosine(h, temp)[0]
 
 
-KNOWN = {nn.Linear, nn.Embedding, model.FeedForward, model.Block}  # and the two of this file
 METHODS = {"forward", "attend", "write_kv", "add_attention", "add_feed_forward", "cosine"}  # which one may replace
 
 
@@ -282,7 +284,7 @@ def needs_no_mask(step, x):
     return (one or from_the_start) and not step.cache.pad.any()
 
 
-KNOWN |= {RMSNorm, Attention}
+KNOWN = {nn.Linear, nn.Embedding, model.FeedForward, model.Block, RMSNorm, Attention}
 
 
 def attend_in_float32(q, k, v, mask):

@@ -14,7 +14,7 @@ from os.path import commonprefix
 from support import common
 from support.tokenizer import TextStream
 from support.trace_page import write_page
-from support.tracing import saved_blocks
+from support.tracing import skip_ratio
 
 REDRAWS = 10  # per second, at most
 PATIENCE = 1  # seconds of the prompt's pass without a bar
@@ -116,12 +116,6 @@ class Generation:
         if ran.size(2) > begin:
             found["blocks_saved"] = 1 - decoded[0].any(1).float().mean().item()
         return found
-
-
-def skip_ratio(ran, token_index, warm_up_index):
-    """The share of feed-forward blocks skipped past the warm-up; None if no token is past it."""
-    saved, blocks = saved_blocks(ran, token_index, warm_up_index)
-    return saved / blocks if blocks else None
 
 
 def write(generations, screen, steps):

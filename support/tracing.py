@@ -73,10 +73,7 @@ class Trace:
 
     def ffn_skip_ratio(self, warm_up_index):
         """The share of FFN executions saved, over tokens past the warm-up; None if there are none."""
-        saved, dense_model = self.counts(warm_up_index)
-        if dense_model:
-            return saved / dense_model
-        return None
+        return skip_ratio(self.ran, self.token_index, warm_up_index) if self.passes else None
 
     def ffn_saved_ratio(self):
         """The same over all generated tokens that were forwarded; it determines speed."""
@@ -87,3 +84,9 @@ def saved_blocks(ran, token_index, warm_up_index):
     """(FFN executions saved, those of the dense model) past the warm-up, from ran, (layer, ..., token)."""
     ran = ran[:, token_index > warm_up_index]  # (layer, tokens past the warm-up)
     return (~ran).sum().item(), ran.numel()
+
+
+def skip_ratio(ran, token_index, warm_up_index):
+    """Their quotient; None if no token is past the warm-up."""
+    saved, dense_model = saved_blocks(ran, token_index, warm_up_index)
+    return saved / dense_model if dense_model else None

@@ -19,7 +19,7 @@ from test_baselines import make as baseline
 from test_cache import Patchy
 from tiny import close, models, new_cache, random_ids, tiny_model
 
-from fast import accelerate, one_row, parallel, plain
+from fast import accelerate, compare, one_row, parallel, plain
 from model import Block, FeedForward, KVCache, Transformer, dense
 from policies.baselines import POLICIES
 from policies.standins import StandIns, ready
@@ -282,3 +282,13 @@ def test_threads_do_not_disturb_each_other(amx, monkeypatch):
         together = list(threads.map(lambda ids: decode(model, ids, None, prompt_len=2)[0], texts))
     assert all(close(a, b, 0.02) for a, b in zip(together, alone))
     assert one_row.way() is None and torch.backends.mkldnn.enabled == enabled
+
+
+def test_what_is_compared_before_the_first_token_takes_none_of_its_time():
+    """Else the first of two texts that are compared would pay for both."""
+    model, calls = compare(accelerate(tiny_model())), []
+    with mock.patch.object(one_row, "computes_the_same", side_effect=lambda *args: calls.append(args) or True):
+        decode(model, random_ids(6), None, prompt_len=2)
+        assert not calls
+        decode(accelerate(tiny_model(seed=1)), random_ids(6), None, prompt_len=2)
+    assert len(calls) == 4
