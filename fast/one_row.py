@@ -3,8 +3,13 @@ One row on a CPU. Decoding a single text is bound by how fast the weights are re
 differs between CPUs by up to two times. It is chosen by dtype and by what the CPU can do, never by a clock, so that one
 machine gives the same bits with the same number of threads; `python experiments/bench.py --products` shows every way on
 yours. More rows, other devices and sharded weights are left to PyTorch, whose functions give the same up to rounding.
+
+Small matrices are stored by columns. W x is then a sum of columns, each by its number in x, which torch.embedding_bag
+computes in float32, to the same bits with any number of threads; and a column that is left out need not be read.
 """
 
+import functools
+import math
 import sys
 import threading
 from contextlib import contextmanager
@@ -20,6 +25,7 @@ from fast import parallel
 
 FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")  # on CUDA one kernel for four, to the same bits
 AMX, AVX512_BF16 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+SMALL = 2**20  # numbers: up to here a call costs oneDNN more than reading, and many rows lose nothing by columns
 here = threading.local()  # .way: how this thread's pass multiplies its one row; None: it is not of one row on a CPU
 native = threading.Lock(), []  # one entry per pass of any thread that is under way without oneDNN
 
@@ -76,6 +82,38 @@ def linear(x, weight):
     return F.linear(x, weight) if x.dim() > 1 or way() in (None, "linear") else torch.mv(weight, x)
 
 
+def stored(name, weight):
+    """A layer's matrix (out, in) as it is read fastest here, by columns or as it is; names and shapes stay."""
+    suits = (AMX or AVX512_BF16) and weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.numel() <= SMALL
+    return by_columns(weight) if suits and name.startswith("layers.") else weight
+
+
+def by_columns(weight):
+    """A copy of a matrix (out, in), whose columns lie one after the other in memory."""
+    return weight.t().contiguous().t()
+
+
+def is_by_columns(weight):
+    return weight.t().is_contiguous()
+
+
+def table(weight, parts):
+    """A matrix by columns as rows that are parts of its columns: (576, 1536) -> (1536, 576) -> (3072, 288), of two."""
+    return weight.t().view(-1, weight.size(0) // parts)
+
+
+@functools.lru_cache
+def all_columns(n, parts):
+    """(indices, offsets) for torch.embedding_bag of all n columns, whose part p is row `column * parts + p`."""
+    return (torch.arange(n) * parts + torch.arange(parts)[:, None]).flatten(), torch.arange(parts) * n
+
+
+def sum_of_columns(inputs, weight):
+    """The matrix of table(weight, parts) by inputs, from Layer.inputs. A part of the outputs is one thread's."""
+    x, indices, offsets = inputs
+    return torch.embedding_bag(weight, indices, offsets, mode=0, per_sample_weights=x)[0].view(-1)  # -> (2, 288) -> (576,)
+
+
 class Squares:
     """
     The last state (1, 1, dim) that was asked for, in float32, and the sum of its squares. Two norms and the cosine
@@ -120,9 +158,13 @@ class Layer:
     def __init__(self, layer, cache, squares):
         attention, block = layer.attention, layer.feed_forward
         self.layer, self.layer_id, self.attend, self.squares = layer, layer.layer_id, attention.attend, squares
+        matrices = attention.wq, attention.wk, attention.wv, attention.wo, block.w1, block.w2, block.w3
+        weights, self.parts = [matrix.weight for matrix in matrices], 0
         self.product = F.linear if way() == "linear" else multiply
-        self.wq, self.wk, self.wv = attention.wq.weight, attention.wk.weight, attention.wv.weight
-        self.wo, self.w1, self.w2, self.w3 = attention.wo.weight, block.w1.weight, block.w2.weight, block.w3.weight
+        if all(map(is_by_columns, weights)):
+            self.product, self.parts = sum_of_columns, math.gcd(torch.get_num_threads(), *map(len, weights))
+            weights = [table(weight, self.parts) for weight in weights]
+        self.wq, self.wk, self.wv, self.wo, self.w1, self.w2, self.w3 = weights
         self.norm_1, self.norm_2, self.eps = layer.attention_norm.weight, layer.ffn_norm.weight, layer.ffn_norm.eps
         self.n_heads, self.head_dim = attention.args.n_heads, attention.args.head_dim
         self.k, self.keys, self.values = cache.k, cache.k[self.layer_id], cache.v[self.layer_id]  # (1, 3, 100, 64)
@@ -138,7 +180,7 @@ class Layer:
         if active is not None or x.numel() != x.size(-1) or step.cache.k is not self.k:
             return self.layer.add_attention(x, step, active)
         product, column = self.product, step.cache.length
-        normed = self.squares.norm(x, self.norm_1, self.eps)
+        normed = self.inputs(self.squares.norm(x, self.norm_1, self.eps))
         queries_keys = torch.cat((product(normed, self.wq), product(normed, self.wk)))  # one rotation for both
         pairs = torch.view_as_complex(queries_keys.float().view(-1, self.head_dim // 2, 2))  # -> (12, 32)
         turned = torch.view_as_real(pairs * step.freqs_cis).view(-1, self.head_dim)  # -> (1, 1, 12, 32, 2) -> (12, 64)
@@ -147,7 +189,7 @@ class Layer:
         self.written[column] = True
         q = turned[: self.n_heads].type_as(x).view(1, self.n_heads, 1, self.head_dim)
         out = self.attend(q, self.keys.narrow(2, 0, column + 1), self.values.narrow(2, 0, column + 1), step)
-        return x + self.add_up(product(out.reshape(-1), self.wo))
+        return x + self.add_up(product(self.inputs(out.reshape(-1)), self.wo))
 
     def add_feed_forward(self, h, step, active=None):
         if active is not None and not active.any():
@@ -155,11 +197,17 @@ class Layer:
         if h.numel() != h.size(-1):
             return self.layer.add_feed_forward(h, step, active)
         product = self.product
-        normed = self.squares.norm(h, self.norm_2, self.eps)
-        out = product(F.silu(product(normed, self.w1)) * product(normed, self.w3), self.w2)
+        normed = self.inputs(self.squares.norm(h, self.norm_2, self.eps))
+        out = product(self.inputs(F.silu(product(normed, self.w1)) * product(normed, self.w3)), self.w2)
         if step.trace is not None:
             step.trace.record_ran(self.layer_id, active)
         return h + self.add_up(out)
+
+    def inputs(self, x):
+        """x, (in,), as self.product takes it: itself, or with the columns that it weights."""
+        if not self.parts:
+            return x
+        return (x if self.parts == 1 else x.repeat(self.parts), *all_columns(len(x), self.parts))
 
     def add_up(self, out):
         """The output of a block; of several processes, summed over them, which a hook does for model.py's layers."""
