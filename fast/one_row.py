@@ -8,6 +8,7 @@ Small matrices are stored by columns. W x is then a sum of columns, each by its 
 computes in float32, to the same bits with any number of threads; and a column that is left out need not be read.
 """
 
+import copy
 import functools
 import math
 import sys
@@ -25,7 +26,7 @@ from fast import parallel
 
 FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")  # on CUDA one kernel for four, to the same bits
 AMX, AVX512_BF16 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
-SMALL = 2**20  # numbers: up to here a call costs oneDNN more than reading, and many rows lose nothing by columns
+SMALL = 2**20  # numbers of a matrix up to which columns are faster for one row, and no slower for many
 here = threading.local()  # .way: how this thread's pass multiplies its one row; None: it is not of one row on a CPU
 native = threading.Lock(), []  # one entry per pass of any thread that is under way without oneDNN
 
@@ -83,9 +84,10 @@ def linear(x, weight):
 
 
 def stored(name, weight):
-    """A layer's matrix (out, in) as it is read fastest here, by columns or as it is; names and shapes stay."""
-    suits = (AMX or AVX512_BF16) and weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.numel() <= SMALL
-    return by_columns(weight) if suits and name.startswith("layers.") else weight
+    """A tensor of a model as it is read fastest here, a matrix perhaps by columns; its name and shape stay."""
+    small = name.startswith("layers.") and weight.dim() == 2 and weight.numel() <= SMALL
+    fast = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and (AMX or AVX512_BF16)
+    return by_columns(weight) if small and fast else weight
 
 
 def by_columns(weight):
@@ -97,21 +99,40 @@ def is_by_columns(weight):
     return weight.t().is_contiguous()
 
 
-def table(weight, parts):
+def table_of(weight, parts):
     """A matrix by columns as rows that are parts of its columns: (576, 1536) -> (1536, 576) -> (3072, 288), of two."""
     return weight.t().view(-1, weight.size(0) // parts)
 
 
 @functools.lru_cache
 def all_columns(n, parts):
-    """(indices, offsets) for torch.embedding_bag of all n columns, whose part p is row `column * parts + p`."""
-    return (torch.arange(n) * parts + torch.arange(parts)[:, None]).flatten(), torch.arange(parts) * n
+    """(indices, offsets) for torch.embedding_bag of the parts of n columns."""
+    return parts_of(torch.arange(n), parts), torch.arange(parts) * n
+
+
+def parts_of(columns, parts):
+    """The rows of a table that are the parts of these columns: first part 0 of each, which is row `column * parts`."""
+    return columns if parts == 1 else torch.cat([columns * parts + part for part in range(parts)])
+
+
+def with_columns(x, parts):
+    """x, (in,), with every column: what sum_of_columns reads."""
+    return (x if parts == 1 else x.repeat(parts), *all_columns(len(x), parts))
+
+
+def with_some_columns(x, low, parts):
+    """The same without the numbers of x below low, whose columns are then not read."""
+    columns = (x.abs() >= low).nonzero().view(-1)
+    x, n = x[columns], len(columns)
+    offsets = torch.arange(0, parts * n, n) if n else torch.zeros(parts, dtype=torch.long)
+    return x if parts == 1 else x.repeat(parts), parts_of(columns, parts), offsets
 
 
 def sum_of_columns(inputs, weight):
-    """The matrix of table(weight, parts) by inputs, from Layer.inputs. A part of the outputs is one thread's."""
+    """The matrix of table_of(weight, parts) by inputs, from with_columns. A part of the outputs is one thread's."""
     x, indices, offsets = inputs
-    return torch.embedding_bag(weight, indices, offsets, mode=0, per_sample_weights=x)[0].view(-1)  # -> (2, 288) -> (576,)
+    out = torch.embedding_bag(weight, indices, offsets, mode=0, per_sample_weights=x)[0]
+    return out.view(-1)  # (2, 288) -> (576,)
 
 
 class Squares:
@@ -155,6 +176,8 @@ class Layer:
     views per product, and without modules, whose calls and searches take as long as a small model's products.
     """
 
+    partial = low = unread = None  # of one that leaves out inputs: thresholds, and which shares it left out last
+
     def __init__(self, layer, cache, squares):
         attention, block = layer.attention, layer.feed_forward
         self.layer, self.layer_id, self.attend, self.squares = layer, layer.layer_id, attention.attend, squares
@@ -163,7 +186,7 @@ class Layer:
         self.product = F.linear if way() == "linear" else multiply
         if all(map(is_by_columns, weights)):
             self.product, self.parts = sum_of_columns, math.gcd(torch.get_num_threads(), *map(len, weights))
-            weights = [table(weight, self.parts) for weight in weights]
+            weights = [table_of(weight, self.parts) for weight in weights]
         self.wq, self.wk, self.wv, self.wo, self.w1, self.w2, self.w3 = weights
         self.norm_1, self.norm_2, self.eps = layer.attention_norm.weight, layer.ffn_norm.weight, layer.ffn_norm.eps
         self.n_heads, self.head_dim = attention.args.n_heads, attention.args.head_dim
@@ -180,7 +203,7 @@ class Layer:
         if active is not None or x.numel() != x.size(-1) or step.cache.k is not self.k:
             return self.layer.add_attention(x, step, active)
         product, column = self.product, step.cache.length
-        normed = self.inputs(self.squares.norm(x, self.norm_1, self.eps))
+        normed = self.inputs(self.squares.norm(x, self.norm_1, self.eps), 0)
         queries_keys = torch.cat((product(normed, self.wq), product(normed, self.wk)))  # one rotation for both
         pairs = torch.view_as_complex(queries_keys.float().view(-1, self.head_dim // 2, 2))  # -> (12, 32)
         turned = torch.view_as_real(pairs * step.freqs_cis).view(-1, self.head_dim)  # -> (1, 1, 12, 32, 2) -> (12, 64)
@@ -189,7 +212,7 @@ class Layer:
         self.written[column] = True
         q = turned[: self.n_heads].type_as(x).view(1, self.n_heads, 1, self.head_dim)
         out = self.attend(q, self.keys.narrow(2, 0, column + 1), self.values.narrow(2, 0, column + 1), step)
-        return x + self.add_up(product(self.inputs(out.reshape(-1)), self.wo))
+        return x + self.add_up(product(self.inputs(out.reshape(-1), 1), self.wo))
 
     def add_feed_forward(self, h, step, active=None):
         if active is not None and not active.any():
@@ -197,17 +220,33 @@ class Layer:
         if h.numel() != h.size(-1):
             return self.layer.add_feed_forward(h, step, active)
         product = self.product
-        normed = self.inputs(self.squares.norm(h, self.norm_2, self.eps))
-        out = product(self.inputs(F.silu(product(normed, self.w1)) * product(normed, self.w3)), self.w2)
+        normed = self.inputs(self.squares.norm(h, self.norm_2, self.eps), 2)
+        out = product(self.inputs(F.silu(product(normed, self.w1)) * product(normed, self.w3), 3), self.w2)
         if step.trace is not None:
             step.trace.record_ran(self.layer_id, active)
         return h + self.add_up(out)
 
-    def inputs(self, x):
+    def inputs(self, x, place):
         """x, (in,), as self.product takes it: itself, or with the columns that it weights."""
         if not self.parts:
             return x
-        return (x if self.parts == 1 else x.repeat(self.parts), *all_columns(len(x), self.parts))
+        if self.low is None:
+            return with_columns(x, self.parts)
+        some = with_some_columns(x, self.low[place], self.parts)
+        self.unread[place] = 1 - len(some[0]) / len(x) / self.parts
+        return some
+
+    def leaving_out(self, low):
+        """
+        This layer without the inputs below low, four thresholds: of wq, wk and wv, of wo, of w1 and w3, and of w2. None
+        if its matrices are not by columns, or are divided among processes.
+        """
+        if not self.parts or parallel.size > 1:
+            return None
+        if self.partial is None or self.partial.low is not low:
+            self.partial = copy.copy(self)
+            self.partial.low, self.partial.unread = low, [0.0] * 4
+        return self.partial
 
     def add_up(self, out):
         """The output of a block; of several processes, summed over them, which a hook does for model.py's layers."""

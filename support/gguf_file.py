@@ -9,7 +9,6 @@ import struct
 
 import torch
 
-from fast import one_row
 from fast.parallel import share
 from support.common import LoadError, first_bytes, import_optional
 from support.weight_files import check_layers, load_errors, model_args
@@ -111,7 +110,7 @@ def read_gguf(path):
         for start in range(0, len(rows), n):
             block = gguf.quants.dequantize(stored[start : start + n], tensor.tensor_type)
             rows[start : start + n] = torch.from_numpy(block)[:, wanted]
-        return one_row.stored(name, rows) if n_rows else rows[0]
+        return rows if n_rows else rows[0]
 
     return args, tensors.keys(), read
 
