@@ -68,8 +68,7 @@ def load_model(path, device="cpu", dtype=None):
             check_tensor(path, name, tensor, shape)
             kinds.add(str(tensor.dtype).removeprefix("torch."))
             dtype = dtype or tensor.dtype  # of the embedding, which comes first
-            # the mapped tensor itself, where nothing about it changes
-            weights[name] = one_row.stored(name, tensor.to(device, dtype))
+            weights[name] = one_row.stored(name, tensor, device, dtype)  # the mapped one, where nothing changes
     if asked is None and len(kinds) > 1:
         kinds, own = " and ".join(sorted(kinds)), str(dtype).removeprefix("torch.")
         note(f"[{path}: holds tensors in {kinds}: all are read in {own}, the embedding's; --dtype chooses another]")

@@ -187,7 +187,7 @@ def random_model(options, device):
         weight.fill_(1)  # norms
         if weight.dim() > 1:
             weight.uniform_(-1, 1).mul_((3 / weight.size(1)) ** 0.5)
-        weight.data = one_row.stored(name, weight.data)
+        weight.data = one_row.stored(name, weight.data, device, weight.dtype)
     return accelerate(model), f"{options.shape} with {args.n_layers} layers, random"
 
 

@@ -83,16 +83,17 @@ def linear(x, weight):
     return F.linear(x, weight) if x.dim() > 1 or way() in (None, "linear") else torch.mv(weight, x)
 
 
-def stored(name, weight):
-    """A tensor of a model as it is read fastest here, a matrix perhaps by columns; its name and shape stay."""
+def stored(name, weight, device, dtype):
+    """A tensor of a model as it is read fastest there, a matrix perhaps by columns; its shape stays."""
     small = name.startswith("layers.") and weight.dim() == 2 and weight.numel() <= SMALL
-    fast = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and (AMX or AVX512_BF16)
-    return by_columns(weight) if small and fast else weight
+    if small and torch.device(device).type == "cpu" and dtype == torch.bfloat16 and (AMX or AVX512_BF16):
+        return by_columns(weight, dtype)
+    return weight.to(device, dtype)
 
 
-def by_columns(weight):
+def by_columns(weight, dtype=None):
     """A copy of a matrix (out, in), whose columns lie one after the other in memory."""
-    return weight.t().contiguous().t()
+    return torch.empty_like(weight.t(), dtype=dtype, memory_format=torch.contiguous_format).copy_(weight.t()).t()
 
 
 def is_by_columns(weight):

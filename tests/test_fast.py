@@ -299,7 +299,7 @@ def test_a_model_by_columns_computes_and_holds_the_same(parts, monkeypatch):
     ids, policy = random_ids(24), FFNSkip(0, model.args.n_layers, 0.9, warm_up_index=1, k=1)
     by_rows, _, _ = decode(model, ids, policy, prompt_len=2)
     for name, weight in model.named_parameters():
-        weight.data = one_row.stored(name, weight.data)
+        weight.data = one_row.stored(name, weight.data, "cpu", weight.dtype)
     assert one_row.is_by_columns(model.layers[1].feed_forward.w2.weight)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     with mock.patch.object(one_row, "sum_of_columns", side_effect=one_row.sum_of_columns) as sums:
