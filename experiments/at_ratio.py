@@ -86,7 +86,7 @@ def at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, opti
     """(policy, its ratio): a baseline or a policy of a file, brought as near to `skip` of the FFN blocks as it goes."""
     factory, own = policies.find_factory(name), {}  # own: arguments of three policies alone
     if policies.takes_fit(factory):
-        own["fitted"] = policies.find_fitted(options, common.find_checkpoint(options.ckpt))
+        own["fitted"] = policies.fit_of(factory, policies.find_fitted(options, common.find_checkpoint(options.ckpt)))
     if name == "skipdecode":
         own["target_len"] = calibration.target_len
     if name == "static":
@@ -96,6 +96,8 @@ def at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, opti
 
     def at(negative):  # of the share to ask for, since bring_to wants a ratio that falls
         policy = factory(model, -negative, warm_up_index, tokens=calibration.tokens, seed=seed, **own)
+        if hasattr(policy, "as_blocks"):  # it leaves out no block, but as many bytes as this share of them has
+            return policy, policy.as_blocks
         return policy, calibration.ratio_of(policy)
 
     def shifted(shift):

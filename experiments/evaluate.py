@@ -51,6 +51,7 @@ from tasks import TASKS, WRITTEN, Context, full_windows, held_out
 
 import policies
 from load_weights import load_model, load_tokenizer
+from policies import teal
 from policies.baselines import POLICIES, written_text
 from support import common
 
@@ -196,8 +197,8 @@ def shared_settings(options, settings, ckpt, model):
         shared["first"] = max(options.warm_up) + 1  # the first token that is compared
     files = dict(data=options.data, calibration=options.calibration)
     for name in options.policies:
-        if name not in OWN and policies.takes_fit(policies.find_factory(name)):
-            files["fit"] = policies.find_fitted(options, ckpt)
+        if name not in OWN and name not in teal.POLICIES and policies.takes_fit(policies.find_factory(name)):
+            files["fit"] = policies.find_fitted(options, ckpt)[policies.STANDINS]
     for name, file in files.items():
         shared[f"{name}_checksum"] = common.checksum(file)
     return shared | dict(weights_checksum=common.fingerprint(model))

@@ -8,7 +8,6 @@ Small matrices are stored by columns. W x is then a sum of columns, each by its 
 computes in float32, to the same bits with any number of threads; and a column that is left out need not be read.
 """
 
-import copy
 import functools
 import math
 import sys
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from ctypes import c_float
 from weakref import WeakKeyDictionary
 
+import numpy
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -107,32 +107,36 @@ def table_of(weight, parts):
 
 @functools.lru_cache
 def all_columns(n, parts):
-    """(indices, offsets) for torch.embedding_bag of the parts of n columns."""
-    return parts_of(torch.arange(n), parts), torch.arange(parts) * n
+    """For torch.embedding_bag, the rows that are the parts of n columns; part 0 of a column is row `column * parts`."""
+    return (torch.arange(n) * parts + torch.arange(parts)[:, None]).flatten()
 
 
-def parts_of(columns, parts):
-    """The rows of a table that are the parts of these columns: first part 0 of each, which is row `column * parts`."""
-    return columns if parts == 1 else torch.cat([columns * parts + part for part in range(parts)])
+@functools.lru_cache(2**15)
+def offsets(n, parts):
+    """Where each part begins among the rows of n columns."""
+    return torch.arange(parts) * n
 
 
 def with_columns(x, parts):
     """x, (in,), with every column: what sum_of_columns reads."""
-    return (x if parts == 1 else x.repeat(parts), *all_columns(len(x), parts))
+    return x if parts == 1 else x.repeat(parts), all_columns(len(x), parts), offsets(len(x), parts)
 
 
 def with_some_columns(x, low, parts):
-    """The same without the numbers of x below low, whose columns are then not read."""
-    columns = (x.abs() >= low).nonzero().view(-1)
-    x, n = x[columns], len(columns)
-    offsets = torch.arange(0, parts * n, n) if n else torch.zeros(parts, dtype=torch.long)
-    return x if parts == 1 else x.repeat(parts), parts_of(columns, parts), offsets
+    """The same without the numbers of x below low, whose columns are then not read. numpy finds them soonest."""
+    numbers = x.float().numpy()
+    columns = numpy.flatnonzero(numpy.abs(numbers) >= low)
+    numbers, n = numbers[columns], len(columns)
+    if parts > 1:
+        numbers = numpy.tile(numbers, parts)
+        columns = numpy.concatenate([columns * parts + part for part in range(parts)])
+    return torch.from_numpy(numbers).to(x.dtype), torch.from_numpy(columns), offsets(n, parts)
 
 
 def sum_of_columns(inputs, weight):
     """The matrix of table_of(weight, parts) by inputs, from with_columns. A part of the outputs is one thread's."""
-    x, indices, offsets = inputs
-    out = torch.embedding_bag(weight, indices, offsets, mode=0, per_sample_weights=x)[0]
+    x, rows, begins = inputs
+    out = torch.embedding_bag(weight, rows, begins, mode=0, per_sample_weights=x)[0]
     return out.view(-1)  # (2, 288) -> (576,)
 
 
@@ -213,7 +217,11 @@ class Layer:
         self.written[column] = True
         q = turned[: self.n_heads].type_as(x).view(1, self.n_heads, 1, self.head_dim)
         out = self.attend(q, self.keys.narrow(2, 0, column + 1), self.values.narrow(2, 0, column + 1), step)
-        return x + self.add_up(product(self.inputs(out.reshape(-1), 1), self.wo))
+        out = product(self.inputs(out.reshape(-1), 1), self.wo)
+        if self.low is not None and step.trace is not None:
+            unread = self.unread[0] * (1 - self.of_wo) + self.unread[1] * self.of_wo
+            step.trace.record_unread(self.layer_id, "attention", unread)
+        return x + self.add_up(out)
 
     def add_feed_forward(self, h, step, active=None):
         if active is not None and not active.any():
@@ -225,13 +233,15 @@ class Layer:
         out = product(self.inputs(F.silu(product(normed, self.w1)) * product(normed, self.w3), 3), self.w2)
         if step.trace is not None:
             step.trace.record_ran(self.layer_id, active)
+            if self.low is not None:
+                step.trace.record_unread(self.layer_id, "feed_forward", (2 * self.unread[2] + self.unread[3]) / 3)
         return h + self.add_up(out)
 
     def inputs(self, x, place):
         """x, (in,), as self.product takes it: itself, or with the columns that it weights."""
         if not self.parts:
             return x
-        if self.low is None:
+        if self.low is None or not self.low[place]:
             return with_columns(x, self.parts)
         some = with_some_columns(x, self.low[place], self.parts)
         self.unread[place] = 1 - len(some[0]) / len(x) / self.parts
@@ -245,8 +255,10 @@ class Layer:
         if not self.parts or parallel.size > 1:
             return None
         if self.partial is None or self.partial.low is not low:
-            self.partial = copy.copy(self)
-            self.partial.low, self.partial.unread = low, [0.0] * 4
+            attention = self.layer.attention
+            of_wo = attention.wo.weight.numel() / sum(weight.numel() for weight in attention.parameters())
+            self.partial = Layer.__new__(Layer)
+            vars(self.partial).update(vars(self), low=low, unread=[0.0] * 4, of_wo=of_wo)
         return self.partial
 
     def add_up(self, out):
