@@ -6,10 +6,11 @@ Measure skip policies on a task: a CSV with a row per policy and ratio, and a ta
     python experiments/evaluate.py perplexity --policies ffnskip,mine.py:make --skip 0.25
 
 tasks, and what --data is for each:
-  perplexity  text, plain or JSONL with a key "text" (WikiText-2 raw, C4). In windows, each through the real skip path
-              in one parallel pass; with --decode token by token, which gives the same. Also KL(dense || policy), top-1
-              agreement with dense, and the share of the cache entries read that are missing (holes_read). Without
-              --data the model writes the text itself: enough to compare policies, not models
+  perplexity  text, plain or JSONL with a key "text" (WikiText-2 raw, C4). In windows from all over it, each through the
+              real skip path in one parallel pass; with --decode token by token, which gives the same. Also KL(dense ||
+              policy), top-1 agreement with dense, the share of the cache entries read that are missing (holes_read),
+              and of FFN blocks that no row of a batch of N windows needs (ffn_saved_at_N). Without --data the model
+              writes the text itself: enough to compare policies, not models
   warmup      the same for several --warm-up-index, after a prompt of --prompt-tokens in full, all measured over the
               tokens past the largest of them (Figure 5)
   factoid     FreebaseQA (JSON, or lines "question | answer") or TriviaQA (JSON): 5-shot, greedy, exact match, and
@@ -26,9 +27,9 @@ Every policy is first brought to the wanted ratio on calibration text, by its ow
 ratios in the table are those achieved. Policies that skip whole layers come twice: at the same share of FFN blocks
 ("ffn"), and at the same bytes not read ("bytes"), since a layer saves more. In factoid, whose answers end before a
 warm-up does, the prompt past its own warm-up is skipped as well. NAME_low and NAME_high are the 95 % interval of a mean
-by bootstrap over questions, windows or texts, whose scores are kept in items/; `difference` is that of the first score
-from the dense model's, paired (of perplexity, in nats per token), where the dense row was measured before. A row is
-written as soon as it is done; the same command again skips it.
+by bootstrap over questions, texts, or articles of windows, whose scores are kept in items/; `difference` is that of the
+first score from the dense model's, paired (of perplexity, in nats per token), where the dense row was measured before.
+A row is written as soon as it is done; the same command again skips it.
 """
 
 import re
@@ -56,7 +57,7 @@ from policies.baselines import POLICIES, written_text
 from policies.ledger import InPrompt
 from support import common
 
-DRAWN = "random", "random_but_first", "random_run", "static", "static_run"  # policies that draw at random
+DRAWN = "random", "random_but_first", "random_run", "static", "static_run", "shuffled"  # policies that draw at random
 OWN = "dense", "ffnskip"  # policies that no factory makes
 PLACES = "decoding", "prompt", "both"
 TEXT_TASKS = "perplexity", "warmup"

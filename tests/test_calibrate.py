@@ -321,8 +321,8 @@ def calibrated(request, tmp_path, monkeypatch):
 
         monkeypatch.setattr(calibrate, name, keep)
     (tmp_path / "text.txt").write_text(NUMBERS)
-    args = ["--ckpt", "tiny", "--text", tmp_path / "text.txt", "--max-tokens", 2300, "--warm-up-index", 5, "--skip", 0.2]
-    assert status(calibrate.main, *args) == 0
+    args = ["--text", tmp_path / "text.txt", "--max-tokens", 2300, "--warm-up-index", 5, "--skip", 0.2]
+    assert status(calibrate.main, "--ckpt", "tiny", *args) == 0
     return tmp_path / "tiny.skip.json", model, worked_on
 
 
