@@ -9,13 +9,15 @@ out, and writes the best as skip.json beside the checkpoint, where generate.py f
 
     python calibrate.py --cosines cosines.csv --skip 0.25 --out skip.json
 
-plans from recorded cosines alone (one row per token, one column per layer), with no model in memory.
+plans from recorded cosines alone (one row per token, one column per layer), with no model in memory. With
+--rows 1,2,4,8 it prints what such settings save in batches.
 """
 
 import support  # noqa: I001, F401 (before PyTorch: Ctrl-C)
 import functools
 import math
 import sys
+from argparse import ArgumentTypeError
 from dataclasses import asdict
 from operator import itemgetter
 from pathlib import Path
@@ -30,31 +32,22 @@ from support import common
 from support.measuring import (
     bring_to,
     cold_regions,
+    decisions,
     measure,
+    plan,
     quality,
     quality_table,
     read_cosines,
     read_text,
     replay,
+    saved_in_batches,
     skip_ratio,
     text_windows,
+    variance_shares,
     written_text,
 )
 
 NEVER = 2.0  # a threshold no cosine reaches
-
-
-def plan(cosines, make, wanted):
-    """(policy, predicted ratio) of make(threshold) whose replay skips the wanted share; (None, most) if none does."""
-
-    def at(threshold):
-        policy = make(threshold)
-        return policy, replay(cosines, policy)
-
-    most = at(-1.01)[1]
-    if most < wanted:
-        return None, most
-    return bring_to(at, -1.01, 1.01, wanted, tolerance=0.0002, tries=30)
 
 
 def skip_per_layer(cosines, cold_s, cold_e, warm_up_index, threshold):
@@ -136,12 +129,17 @@ def parse_args(argv):
     add("--out", metavar="FILE", help="where to write the settings; default: beside the checkpoint")
     add("--save-cosines", metavar="FILE", help="write the cosines as CSV, one row per token and one column per layer")
     add("--cosines", metavar="FILE", help="plan from such a file, without a model")
+    add("--rows", metavar="N,N", help="print which blocks are saved in batches of so many rows")
     options = parser.parse_args(argv)
     if not 0 < options.skip < 1:
         parser.error(f"--skip {options.skip} is not a share between 0 and 1")
     if options.warm_up_index < -1:
         parser.error(f"--warm-up-index {options.warm_up_index} is below -1")
-    if options.cosines and not (options.out or options.ckpt):
+    try:
+        options.rows = [common.positive(n) for n in options.rows.split(",")] if options.rows else []
+    except (ValueError, ArgumentTypeError):
+        parser.error(f"--rows {options.rows}: expected whole numbers above 0 with commas between")
+    if options.cosines and not (options.out or options.ckpt or options.rows):
         parser.error("--cosines needs --out FILE, or --ckpt to know which checkpoint the settings are for")
     return options
 
@@ -205,11 +203,25 @@ def describe_curve(cosines, makers, cold_s, cold_e, corpus):
         cold = "" if cold_s <= i < cold_e else "  cold"
         print(f"  layer {i:2}  {value:.3f}  {bar}{cold}")
     print(f"cold regions: [0, {cold_s}) and [{cold_e}, {len(curve)})")
-    print("share of FFN blocks skipped, as predicted:")
-    rows = [["sim_threshold", *list(makers)[:3]]]
+    by_layer, by_token = variance_shares(cosines[:, cold_s:cold_e])
+    print(f"between them {by_layer:.0%} of the variance of the cosines is the layers', {by_token:.0%} the tokens'")
+    print("share of FFN blocks skipped, as predicted, and of tokens that skip none:")
+    rows, most = [["sim_threshold", *list(makers)[:3], "none"]], cosines[:, cold_s:cold_e].amax(1)
     for threshold in 0.90, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99:
-        ratios = [replay(cosines, makers[name](threshold)) for name in rows[0][1:]]
+        ratios = [replay(cosines, makers[name](threshold)) for name in rows[0][1:-1]]
+        ratios.append((most < threshold).double().mean().item())
         rows.append([f"{threshold:.2f}", *(f"{ratio:.3f}" for ratio in ratios)])
+    print(*common.table(rows), sep="\n", flush=True)
+
+
+def print_batches(cosines, makers, options):
+    """Print which share of the blocks no row of a batch needs, with the candidates that skip --skip of one row's."""
+    rows = [[f"at {options.skip} no row needs, of", *(f"{n} rows" for n in options.rows)]]
+    for name, make in makers.items():
+        policy, _ = plan(cosines, make, options.skip)
+        if policy is not None:
+            shares = saved_in_batches(decisions(cosines, policy), options.rows)
+            rows.append([name, *(f"{share:.1%}" for share in shares)])
     print(*common.table(rows), sep="\n", flush=True)
 
 
@@ -227,8 +239,10 @@ def main(argv=None):
     ckpt = None
     if options.ckpt or not options.cosines:
         ckpt = common.find_checkpoint(options.ckpt)
-    out = Path(options.out) if options.out else policies.settings_path(ckpt)
-    name = common.model_name(ckpt) if ckpt else out.stem
+    out = None  # where there is only --rows to print
+    if options.out or ckpt:
+        out = Path(options.out) if options.out else policies.default_out(options.ckpt, policies.settings_path(ckpt))
+    name = common.model_name(ckpt) if ckpt else Path(options.out or options.cosines).stem
     common.check_outputs(out, options.save_cosines)
     if options.cosines:
         model = None
@@ -245,6 +259,10 @@ def main(argv=None):
     cold_s, cold_e = cold_regions(curve)
     makers = candidates(cosines, cold_s, cold_e, options.warm_up_index)
     describe_curve(cosines, makers, cold_s, cold_e, corpus)
+    if options.rows:
+        print_batches(cosines, makers, options)
+    if out is None:
+        return
 
     if model:
         found = choose(model, held_out, cosines, makers, options)

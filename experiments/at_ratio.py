@@ -18,6 +18,8 @@ from support import common
 from support.measuring import bring_to, measure, skip_ratio
 from support.tracing import Trace
 
+NEAREST = "authors", "printed", "shuffled", "attention_drop"  # they have looked for the nearest ratio themselves
+
 
 @dataclass
 class Calibration:
@@ -29,13 +31,13 @@ class Calibration:
     target_len: int  # tokens of such a text, without its prompt
 
 
-def on_text(model, tokens, prompt_len, warm_up_index, target_len):
+def on_text(model, tokens, prompt_len, warm_up_index, target_len, rows=1):
     """A Calibration on tokens (batch, seq), windows of text of which the first prompt_len tokens are prompt."""
     windows = [(ids, prompt_len) for ids in tokens.tolist()]
     cosines = torch.empty(0, model.args.n_layers)
     if tokens.size(1) - prompt_len > warm_up_index + 1:
         cosines = measure(model, windows, warm_up_index).cpu()
-    return Calibration(tokens, cosines, partial(skip_ratio, model, windows=windows), target_len)
+    return Calibration(tokens, cosines, partial(skip_ratio, model, windows=windows, rows=rows), target_len)
 
 
 def prompts_ratio(model, policy, prompts, context):
@@ -44,7 +46,7 @@ def prompts_ratio(model, policy, prompts, context):
     for _, tokens, cache in with_shared_prefix(model, policy, prompts, 0, context):
         trace = Trace()
         model(tokens, cache, policy, trace=trace, last_only=True)
-        counts.append(count_blocks(trace.ran, trace.token_index, policy, context))
+        counts.append(count_blocks(trace.read, trace.token_index, policy, context))
     return ratios(counts)["ffn_skip_ratio"]
 
 
@@ -52,13 +54,12 @@ def make_policy(name, model, skip, calibration, settings, warm_up_index, seed, o
     """(policy, its ratio on the calibration text) of a row; where skip is None, the settings as they stand."""
     if name == "dense":
         return dense, 0.0
-    if name not in ("ffnskip", "printed"):
+    if name not in ("ffnskip", "printed") or name == "printed" and skip is not None:
         return at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, options)
     if not len(calibration.cosines):
         raise ValueError("the texts to calibrate on end within the largest warm-up")
-    if name == "printed":  # with the one threshold of the paper, and cold regions by rule, whatever the settings have
-        threshold = 1.0 if options.sim_threshold is None else options.sim_threshold
-        base = FFNSkip(*cold_regions(calibration.cosines.mean(0)), threshold, warm_up_index)
+    if name == "printed":  # with the threshold given, and cold regions by rule, whatever the settings have
+        base = FFNSkip(*cold_regions(calibration.cosines.mean(0)), options.sim_threshold, warm_up_index)
     else:
         settings = dict(sim_threshold=1.0) | settings
         settings.pop("ratios", None)  # --skip is reached on the calibration text instead
@@ -84,13 +85,15 @@ def at_ratio_ffnskip(base, model, skip, calibration):
 
 def at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, options):
     """(policy, its ratio): a baseline or a policy of a file, brought as near to `skip` of the FFN blocks as it goes."""
-    factory, own = policies.find_factory(name), {}  # own: arguments of three policies alone
+    factory, own = policies.find_factory(name), {}  # own: arguments of four policies alone
     if policies.takes_fit(factory):
         own["fitted"] = policies.fit_of(factory, policies.find_fitted(options, common.find_checkpoint(options.ckpt)))
     if name == "skipdecode":
         own["target_len"] = calibration.target_len
     if name == "static":
         own = {key: settings[key] for key in ("cold_s", "cold_e") if key in settings}
+    if name == "shuffled" and settings:
+        own["settings"] = {key: value for key, value in settings.items() if key not in ("ratios", "made_for")}
     if name == "standins" and options.task in WRITTEN:
         return factory(model, skip, warm_up_index, **own), skip  # as planned for text that the model writes itself
 
@@ -104,7 +107,7 @@ def at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, opti
         return policy.shifted(shift), calibration.ratio_of(policy.shifted(shift))
 
     policy, ratio = at(-skip)
-    if abs(ratio - skip) <= 0.005 or name == "authors":  # which has chosen the nearest of few steps itself
+    if abs(ratio - skip) <= 0.005 or name in NEAREST:
         return policy, ratio
     if hasattr(policy, "shifted"):  # a knob, and no need to make it anew
         return bring_to(shifted, -4.0, 4.0, skip, tolerance=0.005, first=0.0)

@@ -6,10 +6,11 @@ Measure skip policies on a task: a CSV with a row per policy and ratio, and a ta
     python experiments/evaluate.py perplexity --policies ffnskip,mine.py:make --skip 0.25
 
 tasks, and what --data is for each:
-  perplexity  text, plain or JSONL with a key "text" (WikiText-2 raw, C4). In windows, each through the real skip path
-              in one parallel pass; with --decode token by token, which gives the same. Also KL(dense || policy), top-1
-              agreement with dense, and the share of the cache entries read that are missing (holes_read). Without
-              --data the model writes the text itself: enough to compare policies, not models
+  perplexity  text, plain or JSONL with a key "text" (WikiText-2 raw, C4). In windows from all over it, each through the
+              real skip path in one parallel pass; with --decode token by token, which gives the same. Also KL(dense ||
+              policy), top-1 agreement with dense, the share of the cache entries read that are missing (holes_read),
+              and of FFN blocks that no row of a batch of N windows needs (ffn_saved_at_N). Without --data the model
+              writes the text itself: enough to compare policies, not models
   warmup      the same for several --warm-up-index, after a prompt of --prompt-tokens in full, all measured over the
               tokens past the largest of them (Figure 5)
   factoid     FreebaseQA (JSON, or lines "question | answer") or TriviaQA (JSON): 5-shot, greedy, exact match, and
@@ -26,9 +27,9 @@ Every policy is first brought to the wanted ratio on calibration text, by its ow
 ratios in the table are those achieved. Policies that skip whole layers come twice: at the same share of FFN blocks
 ("ffn"), and at the same bytes not read ("bytes"), since a layer saves more. In factoid, whose answers end before a
 warm-up does, the prompt past its own warm-up is skipped as well. NAME_low and NAME_high are the 95 % interval of a mean
-by bootstrap over questions, windows or texts, whose scores are kept in items/; `difference` is that of the first score
-from the dense model's, paired (of perplexity, in nats per token), where the dense row was measured before. A row is
-written as soon as it is done; the same command again skips it.
+by bootstrap over questions, texts, or articles of windows, whose scores are kept in items/; `difference` is that of the
+first score from the dense model's, paired (of perplexity, in nats per token), where the dense row was measured before.
+A row is written as soon as it is done; the same command again skips it.
 """
 
 import re
@@ -47,19 +48,22 @@ import plot
 from at_ratio import describe, make_policy, on_text, prompts_ratio
 from readers import load_text
 from table import Table, cell, read
-from tasks import TASKS, WRITTEN, Context, full_windows, held_out
+from tasks import TASKS, WRITTEN, Context, held_out, spread_windows
 
 import policies
 from load_weights import load_model, load_tokenizer
+from model import dense
 from policies import teal
 from policies.baselines import POLICIES, written_text
+from policies.ledger import InPrompt
 from support import common
 
-DRAWN = "random", "random_but_first", "random_run", "static", "static_run"  # policies that draw at random
-OWN = "dense", "ffnskip", "printed"  # policies that no factory makes
+DRAWN = "random", "random_but_first", "random_run", "static", "static_run", "shuffled"  # policies that draw at random
+OWN = "dense", "ffnskip"  # policies that no factory makes
+PLACES = "decoding", "prompt", "both"
 TEXT_TASKS = "perplexity", "warmup"
 SETTINGS = """task data ckpt dtype limit window decode max_new_tokens prompt_tokens per_class chat seed calibration
-calibration_tokens sim_threshold""".split()  # what all rows of a table have in common
+calibration_tokens sim_threshold temperature margin rows""".split()  # what all rows of a table have in common
 
 
 def edition(name):
@@ -86,9 +90,17 @@ def grid(options):
     for warm_up, match, name in product(options.warm_up, options.match, options.policies):
         fixed = name == "dense" or (name in ("ffnskip", "printed") and options.sim_threshold is not None)
         seeds = options.seeds if name in DRAWN or ":" in name else options.seeds[:1]
-        for skip, seed in product([None] if fixed else options.skip, seeds):
-            rows.append(dict(policy=name, skip=skip, match=match, warm_up_index=warm_up, seed=seed))
+        places = options.skip_in if name != "dense" else options.skip_in[:1]
+        for skip, seed, place in product([None] if fixed else options.skip, seeds, places):
+            label = name if place == "decoding" or name == "dense" else f"{name} in {place}"
+            rows.append(dict(policy=label, skip=skip, match=match, warm_up_index=warm_up, seed=seed))
     return rows
+
+
+def split_label(label):
+    """(policy, place of PLACES) of what grid() calls a policy."""
+    name, _, place = label.rpartition(" in ")
+    return (name, place) if place in PLACES and name else (label, "decoding")
 
 
 def calibrate(model, tokenizer, data, context, options):
@@ -102,12 +114,9 @@ def calibrate(model, tokenizer, data, context, options):
         print("[no --calibration text: the model writes some]", file=sys.stderr)
         tokens = written_text(model, 4, min(128 + prompt_len, size), options.seed)
     else:
-        text, windows = load_text(options.calibration), []
-        n = max(1, options.calibration_tokens // size)
-        for i in range(n):
-            windows.append(full_windows(tokenizer, text[len(text) * i // n :], size, size)[0])
+        windows, _ = spread_windows(tokenizer, load_text(options.calibration), options.calibration_tokens, size)
         tokens = torch.tensor(windows, device=model.tok_embeddings.weight.device)
-    found = on_text(model, tokens, prompt_len, max(options.warm_up), options.target_len)
+    found = on_text(model, tokens, prompt_len, max(options.warm_up), options.target_len, options.rows)
     if options.task == "factoid":
         prompts = held_out(tokenizer, data, context)
         found.target_len = round(median(map(len, prompts)))
@@ -132,8 +141,8 @@ def parse_args(argv):
     add("--data", metavar="FILE", help="see the tasks above")
     common.add_model_arguments(parser)
     add("--policies", type=listed(str), default=list(dict.fromkeys([*OWN, *POLICIES])), metavar="A,B",
-        help="dense, ffnskip, printed (Algorithm 1 as printed: skip up to cold_e; cold regions by calibrate.py's "
-        "rule), names in policies/baselines.py, FILE.py:FACTORY; default: all")
+        help="dense, ffnskip, names in policies/baselines.py and ledger.py, standins, FILE.py:FACTORY; default: those "
+        "in baselines.py")
     add("--skip", type=listed(float), default=[0.05, 0.15, 0.25, 0.35], metavar="R,R",
         help="shares of FFN blocks to skip past the warm-up (default 0.05,0.15,0.25,0.35)")
     add("--match", type=listed(str), default=["ffn", "bytes"],
@@ -151,6 +160,13 @@ def parse_args(argv):
         "worstcase 512, collapse 256)")
     add("--prompt-tokens", type=int, metavar="N", help="of a window of text (default: perplexity 0, warmup 64) "
         "or of a prompt from text (collapse, worstcase: 128)")
+    add("--skip-in", type=listed(str), default=["decoding"], metavar="A,B", help="decoding, prompt, both: where to "
+        "skip, with --prompt-tokens; the ratio is reached in decoding (default decoding)")
+    add("--rows", type=common.positive, default=1, metavar="N", help="perplexity: windows of text that are one batch, "
+        "for --agree (default 1)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="of texts that the model writes (default 0)")
+    add("--margin", type=float, metavar="M", help="write whether less than M is lost to dense, by the whole interval "
+        "of the difference; say it before you measure")
     add("--per-class", type=common.positive, metavar="N", help="summarize: the first N stories of each length")
     add("--seeds", type=listed(common.seed), metavar="N,N", help="a row each, of policies that draw at random "
         "(default: --seed)")
@@ -165,6 +181,8 @@ def parse_args(argv):
         parser.error("--skip wants shares between 0 and 1")
     if not set(options.match) <= {"ffn", "bytes"}:
         parser.error("--match wants ffn, bytes or both")
+    if not set(options.skip_in) <= set(PLACES):
+        parser.error(f"--skip-in wants {', '.join(PLACES)}")
     if options.warm_up is None:
         options.warm_up = [-1, 5, 10, 15, 20, 25, 30, 40, 60] if options.task == "warmup" else [25]
     if min(options.warm_up) < -1:
@@ -195,6 +213,7 @@ def shared_settings(options, settings, ckpt, model):
         shared["skip"] = {key: value for key, value in settings.items() if key not in ("ratios", "made_for")}
     if options.task in TEXT_TASKS:
         shared["first"] = max(options.warm_up) + 1  # the first token that is compared
+        shared["windows"] = "all over the text"
     files = dict(data=options.data, calibration=options.calibration)
     for name in options.policies:
         if name not in OWN and name not in teal.POLICIES and policies.takes_fit(policies.find_factory(name)):
@@ -207,14 +226,16 @@ def shared_settings(options, settings, ckpt, model):
 def missing(table, model, options, editions):
     """(key, edition of the policy, the share of FFN blocks to skip) of every row that the table has not yet."""
     for key in grid(options):
-        whole, ffn = bytes_per_skip(key["policy"], model)
+        name, _ = split_label(key["policy"])
+        whole, ffn = bytes_per_skip(name, model)
+        policy_edition = editions[name] + key["policy"].removeprefix(name)
         table.read()  # another run may have added rows
-        if table.find(key | dict(policy=editions[key["policy"]])):
+        if table.find(key | dict(policy=policy_edition)):
             continue
         if key["match"] == "ffn":
-            yield key, editions[key["policy"]], key["skip"]
+            yield key, policy_edition, key["skip"]
         elif whole != ffn and key["skip"] is not None:  # else equal bytes are equal blocks
-            yield key, editions[key["policy"]], key["skip"] * ffn / whole
+            yield key, policy_edition, key["skip"] * ffn / whole
 
 
 def main(argv=None):
@@ -232,18 +253,19 @@ def main(argv=None):
     ckpt = common.find_checkpoint(options.ckpt)
     tokenizer, model = load_tokenizer(ckpt), load_model(ckpt, device, options.dtype)
     settings = {}
-    if {"ffnskip", "static"} & set(options.policies):  # others need none
+    if {"ffnskip", "static", "shuffled"} & set(options.policies):  # others need none
         settings = policies.find_settings(options, ckpt, model.args.n_layers)
     table = Table(options.output, shared_settings(options, settings, ckpt, model))
     known = {field.name: getattr(options, field.name) for field in fields(Context) if hasattr(options, field.name)}
     context = Context(**known, first=max(options.warm_up) + 1)
     calibration = None
     for key, policy_edition, wanted in missing(table, model, options, editions):
-        name, skip, match, warm_up_index, seed = key.values()
+        label, skip, match, warm_up_index, seed = key.values()
+        name, place = split_label(label)
         if calibration is None and name != "dense":
             calibration = calibrate(model, tokenizer, data, context, options)
         begin = time.time()
-        label = f"{options.task} {name} {'' if skip is None else skip}"
+        label = f"{options.task} {label} {'' if skip is None else skip}"
         try:
             policy, calibrated = make_policy(name, model, wanted, calibration, settings, warm_up_index, seed, options)
         except ValueError as error:
@@ -258,15 +280,18 @@ def main(argv=None):
         model_id = re.sub("[/:]", "_", f"{policy_edition}-{cell(skip)}-{match}") + (f"-{seed}" if seed else "")
         if warm_up_index != 25:
             model_id += f"-w{warm_up_index}"
+        in_place = InPrompt(policy, dense if place == "prompt" else policy) if place != "decoding" else policy
         answers = table.path.parent / table.name / f"{model_id}.jsonl"
         row = replace(context, warm_up_index=warm_up_index, label=label, answers=answers, scores={})
         row.settings = table.settings
         row.dense_scores = table.dense_scores()
-        result = run(model, tokenizer, policy, data, row)
-        ratio, bytes_saved = result.pop("ffn_skip_ratio"), None
-        if ratio is not None:  # what a policy reads to decide (for confidence, the output head) is not taken off
+        result = run(model, tokenizer, in_place, data, row)
+        ratio, unread, bytes_saved = result.pop("ffn_skip_ratio"), result.pop("unread_ratio"), None
+        if unread is not None:  # what a policy reads to decide (for confidence, the output head) is not taken off
             layer = bytes_per_skip(name, model)[0]
-            bytes_saved = ratio * model.args.n_layers * layer / sum(common.weight_bytes(model).values())
+            if not unread:  # no feed-forward block is spared, but perhaps others
+                unread = getattr(policy, "as_blocks", 0.0)
+            bytes_saved = unread * model.args.n_layers * layer / sum(common.weight_bytes(model).values())
         columns = dict(calibrated_ratio=calibrated, ffn_skip_ratio=ratio, ffn_saved_ratio=result.pop("ffn_saved_ratio"))
         columns |= dict(bytes_saved=bytes_saved, **result, seconds=round(time.time() - begin, 1))
         columns["setting"] = describe(policy)

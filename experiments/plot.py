@@ -6,6 +6,7 @@ Draw what was measured, into the folder out/, or print it:
     python experiments/plot.py TRACE.csv             draws which blocks `generate.py --trace TRACE.csv` skipped
     python experiments/plot.py TRACE.csv 30          prints the token with token_index 30, layer by layer
     python experiments/plot.py perplexity.csv kl     prints a column of evaluate.py's CSV as a Markdown table
+    python experiments/plot.py perplexity.csv kl --minus ffnskip    prints how much more than ffnskip's
     python experiments/plot.py bench.csv 7B          prints bench.py's rows for the models of that name as one
     python experiments/plot.py JUDGED.csv lost       prints how many points policies lost to the dense model; or their
                                                      `score`, or how far they are `behind` ffnskip at the same ratio
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import support  # noqa: I001, F401 (before PyTorch: Ctrl-C)
-from table import by_panel, grouped, interval, logs, read
+from table import by_panel, grouped, interval, logs, minus, read
 from support import common
 
 # One colour per policy in all pictures (Okabe and Ito's, which the colour-blind can tell apart), the rest grey.
@@ -277,8 +278,8 @@ def print_speed(rows):
         print(line.format(**row), saving, "|")
 
 
-def show(path, what, by_bytes):
-    """Print what was asked for of one CSV."""
+def show(path, what, by_bytes, other=None):
+    """Print what was asked for of one CSV; a column as its difference from the `other` policy's, if one is named."""
     if path.is_dir():
         raise ValueError(f"{path}: a folder: give the path of a CSV in it")
     rows = read(path)
@@ -291,7 +292,7 @@ def show(path, what, by_bytes):
     elif "variant" in rows[0]:
         print_speed([row for row in rows if what.lower() in row["model"].lower() and row["batch"] == 1])
     elif any(isinstance(row.get(what), float) for row in rows):
-        table(rows, what, by_bytes)
+        table(minus(path, rows, what, other) if other else rows, what, by_bytes)
     else:
         raise ValueError(f"{path}: no column of numbers {what}: choose from {', '.join(rows[0])}")
 
@@ -301,6 +302,7 @@ def parse_args(argv):
     parser.add_argument("path", nargs="?", type=Path, help="a CSV, or a folder of them")
     parser.add_argument("what", nargs="?", help="what to print of a CSV: a column, a model's name, or a token_index")
     parser.add_argument("--bytes", action="store_true", help="a column beside the bytes not read, not the FFN blocks")
+    parser.add_argument("--minus", metavar="POLICY", help="the column minus that policy's, at as many bytes not read")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where pictures go (default out)")
     return parser.parse_args(argv)
 
@@ -311,7 +313,7 @@ def main(argv=None):
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if options.what is not None:
-        return show(path, options.what, options.bytes)
+        return show(path, options.what, options.bytes, options.minus)
     files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
     if options.path is None:
         models = "smollm2-135m-instruct", "llama-2-7b"

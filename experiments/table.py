@@ -21,6 +21,7 @@ import torch
 from support import common
 from support.measuring import mean_interval, paired_interval
 
+UNSAID = dict(temperature=0.0, rows=1, margin=None, windows="in a row")  # where a table does not name the setting
 FEWEST = 5  # items that get an interval: a bootstrap of fewer says nothing
 AUTHORS = {"no_prune": "dense", "cosine_False": "ffnskip", "baseline_False": "static"}  # by log, inferred; else random
 
@@ -107,6 +108,8 @@ def as_json(value):
 
 def check_settings(path, kept, settings, advice):
     """Raise ValueError if a setting differs from what is kept, a dict; {}: nothing is kept yet."""
+    if kept:
+        kept = {key: UNSAID[key] for key in UNSAID if key in settings} | kept
     differ = [key for key, value in as_json(settings).items() if key in kept and kept[key] != value]
     if differ:
         raise ValueError(f"{path}: made with other settings ({', '.join(differ)}): {advice}")
@@ -173,15 +176,16 @@ def cell(value):
     return "" if value is None else str(value).replace("\n", "\\n").replace("\r", "\\r")
 
 
-def columns(name, values):
+def columns(name, values, articles=None):
     """
     The columns of a list of scores, one per item (question, window, text): NAME is the mean, NAME_low and NAME_high are
-    the ends of its 95 % interval by bootstrap over the items. The scores of a perplexity are mean log-likelihoods.
+    the ends of its 95 % interval by bootstrap over the items, or over the articles that they are of. The scores of a
+    perplexity are mean log-likelihoods.
     """
-    found = mean_interval(values) if values else (None, None, None)
+    found = mean_interval(values, articles) if values else (None, None, None)
     if values and name.startswith("perplexity"):
         found = map(math.exp, found)
-    return with_ends(name, found, len(values))
+    return with_ends(name, found, len(set(articles or range(len(values)))))
 
 
 def with_ends(name, found, n):
@@ -235,6 +239,37 @@ def over_seeds(rows):
                 pick = {"low": min, "high": max}.get(name.rpartition("_")[2], mean)
                 merged[-1][name] = pick(values)
     return merged
+
+
+def minus(path, rows, column, policy):
+    """
+    The rows of evaluate.py's CSV at path with the column as the difference from what `policy` has on the same items, at
+    as many bytes not read: its scores lie on the line between its two nearest rows, the dense model's among them. The
+    interval is paired, over articles where the items have them. No number where `policy` has no row at so many bytes.
+    """
+    keys, found = ("policy", "skip", "match", "warm_up_index"), {}
+    for record in read_records(Path(path).parent / "items" / f"{Path(path).name.removesuffix('.csv')}.jsonl"):
+        key = tuple("" if record[name] is None else record[name] for name in keys)
+        found.setdefault(key, []).append(record["scores"])  # one per seed
+    knots = {}  # bytes not read: the scores of each item
+    for row in rows:
+        own = found.get(itemgetter(*keys)(row), [{}])
+        if row["policy"] in (policy, "dense") and row["match"] == "ffn" and column in own[0]:
+            knots[row["bytes_saved"]] = numpy.mean([scores[column] for scores in own], axis=0)
+    if len(knots) < 2:
+        raise ValueError(f"{path}: no scores of {column} in items/ beside it for dense and {policy}")
+    at, theirs = zip(*sorted(knots.items(), key=itemgetter(0)))
+    for row in rows:
+        own = found.get(itemgetter(*keys)(row), [])
+        row |= {column: "", f"{column}_low": "", f"{column}_high": ""}
+        if own and row["policy"] != "dense" and row["bytes_saved"] <= at[-1] + 0.005:
+            place = numpy.interp(row["bytes_saved"], at, range(len(at)))
+            below, share = int(place), place % 1
+            other = (1 - share) * theirs[below] + share * theirs[min(below + 1, len(at) - 1)]
+            ours = numpy.mean([scores[column] for scores in own], axis=0)
+            ends = paired_interval(ours, other, own[0].get("article"))
+            row |= dict(zip([column, f"{column}_low", f"{column}_high"], ends))
+    return rows
 
 
 def interval(row, column):

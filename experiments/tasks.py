@@ -8,6 +8,7 @@ import re
 import string
 import time
 import uuid
+from bisect import bisect
 from dataclasses import dataclass, field
 from os.path import commonprefix
 from pathlib import Path
@@ -36,6 +37,7 @@ QUESTION = ("Question: What is the capital of Italy?\nAnswer: Rome\n\n"
 
 
 SHORTEST = 256  # characters of a turn, which is not cut to fewer
+HEADING = re.compile(r"^ = [^=].* = $", re.MULTILINE)  # of an article of WikiText
 LOOP = 32  # tokens of a stretch that repeats one thing, from which on a text counts as looping
 
 
@@ -50,6 +52,9 @@ class Context:
     prompt_tokens: int = 0  # of each window of text, or of a prompt that is the beginning of a text
     chat: bool = False  # the checkpoint's chat template, not the paper's prompt
     batch_size: int = 16
+    temperature: float = 0.0  # of texts that the model writes
+    margin: float | None = None  # a difference from dense that would be too much, stated beforehand
+    rows: int = 1  # windows of text that are one batch
     seed: int = 0
     first: int = 26  # the first token_index whose prediction is compared, in all rows
     warm_up_index: int = 25  # this row's: the dense model's ratios are counted past it too
@@ -57,6 +62,7 @@ class Context:
     answers: Path | None = None  # this row's file of answers
     settings: dict = field(default_factory=dict)  # what all files in that folder are made with
     scores: dict = field(default_factory=dict)  # {column: [score of each item]} of this row
+    articles: list | None = None  # the article that each item is of: those of one are alike, and drawn together
     dense_scores: dict = field(default_factory=dict)  # the same of the dense model's row; {} if there is none
     reference: dict = field(default_factory=dict)  # what the dense model computed or wrote, kept from row to row
 
@@ -80,16 +86,23 @@ def longest_loop(ids, longest_period=64):
 
 
 def means(context, **scores):
-    """The columns of several scores; and `difference`, the first ones minus the dense model's of the same items."""
+    """
+    The columns of several scores; and `difference`, the first ones minus the dense model's of the same items. With a
+    margin, within_margin is 1 where the whole interval of the difference says that no more than that is lost.
+    """
     context.scores.update(scores)
     row = {}
     for name, values in scores.items():
-        row |= columns(name, values)
+        row |= columns(name, values, context.articles)
     first = next(iter(scores))
     ours, theirs, differences = scores[first], context.dense_scores.get(first, []), []
     if len(ours) == len(theirs):
         differences = list(map(operator.sub, ours, theirs))
-    return row | columns("difference", differences)
+    row |= columns("difference", differences, context.articles)
+    if context.margin is not None:
+        lost = -(row["difference_low"] or 0) if first == "exact_match" else row["difference_high"] or 0
+        row["within_margin"] = int(lost <= context.margin) if differences else None
+    return row
 
 
 def policy_warm_up(policy, context):
@@ -97,16 +110,21 @@ def policy_warm_up(policy, context):
     return getattr(policy, "warm_up_index", context.warm_up_index)
 
 
-def count_blocks(ran, token_index, policy, context):
-    """FFN blocks [skipped, of all] past the warm-up, then the same over all generated tokens; see tracing.Trace."""
-    warm_up_index = policy_warm_up(policy, context)
-    return [*saved_blocks(ran, token_index, warm_up_index), *saved_blocks(ran, token_index, -1)]
+def count_blocks(read, token_index, policy, context):
+    """
+    FFN blocks [skipped, of all] past the warm-up, the same over all generated tokens, and as how many blocks past the
+    warm-up all that was not read counts, from Trace.read, (layer, ..., token).
+    """
+    warm_up_index, ran = policy_warm_up(policy, context), read > 0
+    unread = (1 - read[:, token_index > warm_up_index]).sum().item()
+    return [*saved_blocks(ran, token_index, warm_up_index), *saved_blocks(ran, token_index, -1), unread]
 
 
 def ratios(counts):
-    """ffn_skip_ratio and ffn_saved_ratio from a list of what count_blocks gave; None where no token was counted."""
-    skipped, past, saved, generated = map(sum, zip(*counts))
+    """The ratios of a list of what count_blocks gave; None where no token was counted."""
+    skipped, past, saved, generated, unread = map(sum, zip(*counts))
     return dict(
+        unread_ratio=unread / past if past else None,
         ffn_skip_ratio=skipped / past if past else None,
         ffn_saved_ratio=saved / generated if generated else None,
     )
@@ -120,6 +138,39 @@ def full_windows(tokenizer, text, n_tokens, size):
     return cut(ids[: len(ids) // size * size], size)
 
 
+def spread_windows(tokenizer, text, n_tokens, size):
+    """
+    (windows, articles): the ids of windows of `size`, n_tokens in all, that begin all over the text, and the number of
+    the article in which each begins: WikiText's, by its headings; without any, each window is of its own. The first
+    n_tokens in a row where the text has not enough for that.
+    """
+    n = max(1, n_tokens // size)
+    headings, windows, articles = [match.start() for match in HEADING.finditer(text)], [], []
+    for i in range(n):
+        begin, end = len(text) * i // n, len(text) * (i + 1) // n
+        ids = tokenizer.encode(text[begin : min(end, begin + 16 * size)])[:size]
+        windows.append(ids)
+        articles.append(bisect(headings, begin) if headings else i)
+    if min(map(len, windows)) < size:
+        windows = full_windows(tokenizer, text, n_tokens, size)
+        articles = list(range(len(windows)))
+    return windows, articles
+
+
+def saved_at(ran, rows, draws=50):
+    """
+    The share of FFN blocks that none of `rows` texts needs, which run as one batch: ran (texts, layer, token) bool says
+    which blocks each runs alone, and the texts of a batch are drawn. None where there are fewer texts.
+    """
+    if len(ran) < rows:
+        return None
+    random, saved = torch.Generator().manual_seed(0), []
+    for _ in range(draws):
+        batch = ran[torch.randperm(len(ran), generator=random)[:rows]]
+        saved.append((~batch.any(0)).double().mean().item())
+    return sum(saved) / draws
+
+
 def perplexity(model, tokenizer, policy, text, context):
     """
     Each window of text on its own: its first prompt_tokens are prompt, the others count as "generated". What any of the
@@ -128,24 +179,38 @@ def perplexity(model, tokenizer, policy, text, context):
     size, begin = min(context.window, model.args.max_seq_len), context.prompt_tokens
     if text is None:  # not the text that policies are calibrated on
         windows = written_text(model, 16, min(size, 256), context.seed + 1).tolist()
+        articles = list(range(len(windows)))
     else:
-        windows = full_windows(tokenizer, text, context.limit or 32768, size)
+        windows, articles = spread_windows(tokenizer, text, context.limit or 32768, size)
     windows = [(ids, begin) for ids in windows]
-    generated, past, counts, missing, read = [], [], [], 0, 0
-    found = compare_with_dense(model, windows, policy, context.reference, context.decode, context.label)
-    for score, trace, cache in found:
+    generated, past, counts, blocks, missing, read = [], [], [], [], 0, 0
+    args = context.reference, context.decode, context.label, context.rows
+    for number, (score, trace, cache) in enumerate(compare_with_dense(model, windows, policy, *args)):
         score = score[:, begin:].cpu().double()  # of the predictions by generated tokens
         generated.append(score[0].mean().item())
         past.append(score[:, context.first :].mean(1).tolist())
-        counts.append(count_blocks(trace.ran, trace.token_index, policy, context))
+        row = number % context.rows  # of its batch
+        shares, token_index = trace.read[:, row], trace.token_index[row]  # (layer, token), (token,)
+        counts.append(count_blocks(shares, token_index, policy, context))
+        blocks.append(shares > 0)
         missing += attended_missing(cache).sum().item()
         read += (cache.written * torch.arange(1, cache.max_seq_len + 1)).sum().item()
     nll, kl, top1 = map(list, zip(*past))
+    context.articles = articles
+    row = means(context, perplexity_past_warm_up=nll, perplexity=generated, kl=kl, top1_agreement=top1)
+    context.scores["article"] = articles
+    blocks = torch.stack(blocks)  # (window, layer, token)
+    for n in 2, 4, 8, 16:
+        row[f"ffn_saved_at_{n}"] = saved_at(blocks[:, :, begin + context.first :], n)
+    in_prompt = blocks[:, :, context.first : begin]
     return dict(
-        **means(context, perplexity_past_warm_up=nll, perplexity=generated, kl=kl, top1_agreement=top1),
+        **row,
+        prompt_skip_ratio=(~in_prompt).double().mean().item() if in_prompt.numel() else None,
         holes_read=missing / read,
         tokens=len(windows) * len(windows[0][0]),
         tokens_compared=len(windows) * (score.size(1) - context.first),
+        windows=len(windows),
+        articles=len(set(articles)),
         **ratios(counts),
     )
 
@@ -169,7 +234,7 @@ def check_room(model, context, n):
 
 
 def write_texts(model, tokenizer, policy, prompts, context, stop=True):
-    """Greedy Texts for prompts (lists of ids), in batches of like length. stop=False: past end-of-text, all as long."""
+    """Texts for prompts (lists of ids), in batches of like length. stop=False: past end-of-text, all as long."""
     texts, room = [None] * len(prompts), context.max_new_tokens
     eos_ids = tokenizer.eos_ids if stop else ()
     check_room(model, context, max(map(len, prompts)))
@@ -177,14 +242,15 @@ def write_texts(model, tokenizer, policy, prompts, context, stop=True):
     for batch in progress(cut(by_length, context.batch_size), context.label):
         trace, written = Trace(), [[] for _ in batch]
         rows = [prompts[i] for i in batch]
-        for column in generate_batch(model, rows, room, policy, eos_ids=eos_ids, trace=trace):
+        drawn = dict(temperature=context.temperature, seed=context.seed)
+        for column in generate_batch(model, rows, room, policy, **drawn, eos_ids=eos_ids, trace=trace):
             for ids, token in zip(written, column):
                 if token is not None and token not in eos_ids:
                     ids.append(token)
-        ran, token_index = trace.ran, trace.token_index  # (layer, batch, token), (batch, token)
+        read, token_index = trace.read, trace.token_index  # (layer, batch, token), (batch, token)
         for row, i in enumerate(batch):
-            own = ran[:, row], token_index[row]
-            texts[i] = Text(written[row], count_blocks(*own, policy, context), *own)
+            counts = count_blocks(read[:, row], token_index[row], policy, context)
+            texts[i] = Text(written[row], counts, read[:, row] > 0, token_index[row])
     return texts
 
 
@@ -240,7 +306,7 @@ def factoid(model, tokenizer, policy, questions, context):
             token_index[row, n:] = -1  # what a row writes beside the others after its answer counts for nothing
         for i, text in zip(group, texts):
             answers[i] = normalise(text.strip().split("\n")[0])
-        counts.append(count_blocks(trace.ran, token_index, policy, context))
+        counts.append(count_blocks(trace.read, token_index, policy, context))
     right, inside = [], []
     for i, (_, names) in enumerate(questions):
         names = {normalise(name) for name in names}
@@ -343,7 +409,7 @@ def write_answers(model, tokenizer, policy, records, context):
         new, talks = [], [[] for _ in some]  # talks: turns of user and assistant
         for record in some:
             answer = dict(record, answer_id=uuid.uuid4().hex[:22], model_id=context.answers.stem, tstamp=time.time())
-            new.append(answer | dict(turns=len(record["turns"]), counts=[0] * 4, tokens=0, loop=0, cut=0))
+            new.append(answer | dict(turns=len(record["turns"]), counts=[0] * 5, tokens=0, loop=0, cut=0))
         for turn in range(max(answer["turns"] for answer in new)):
             asked, prompts = [], []
             for record, answer, talk in zip(some, new, talks):

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy
 
 from model import dense
-from policies import baselines, standins, teal
+from policies import baselines, ledger, standins, teal
 from skip import FFNSkip
 from support.common import HERE, LoadError, beside, first_line, made_for, model_name, note, policy_files, read_json
 
-FACTORIES = {"standins": standins.make, **teal.POLICIES, **baselines.POLICIES}
+FACTORIES = {"standins": standins.make, **teal.POLICIES, **baselines.POLICIES, **ledger.LEDGER}
 STANDINS = "standins.safetensors"
 
 
@@ -31,6 +31,8 @@ def add_skip_arguments(parser):
     add("--cold-s", type=int, metavar="L", help="layers below L always run in full")
     add("--cold-e", type=int, metavar="L", help="layers from L on always run in full")
     add("--k", type=int, help="skip K blocks at a time; 0: all up to --cold-e, as Algorithm 1 is printed")
+    add("--agree", type=float, metavar="Q", help="in a batch, skip a block for all rows where at least a share Q of "
+        "them would, else for none")
     add("--standins", metavar="FILE", help="the fit of experiments/fit_standins.py, for --policy standins")
     return group
 
@@ -79,7 +81,7 @@ def find_ffnskip(settings, skip, n_layers):
     if missing:
         raise ValueError(f"policy ffnskip has no {', '.join(missing)} for this checkpoint: python calibrate.py "
                          "--ckpt ... finds them, or give --cold-s, --cold-e and --sim-threshold")
-    policy = FFNSkip(**settings)
+    policy = ledger.Together(**settings) if "agree" in settings else FFNSkip(**settings)
     policy.check(n_layers)
     if skip is None:
         return policy
@@ -147,7 +149,7 @@ def find_settings(options, ckpt, n_layers):
     path = options.skip_config or find_file(settings_path(ckpt), f"{name}.json")
     if path:
         settings = load_settings(path, name, n_layers)
-    for setting in "sim_threshold", "cold_s", "cold_e", "k":
+    for setting in "sim_threshold", "cold_s", "cold_e", "k", "agree":
         value = getattr(options, setting)
         if value is not None:
             settings[setting] = value
@@ -196,6 +198,14 @@ def from_json(value):
 def settings_path(ckpt):
     """Where calibrate.py leaves a checkpoint's skip settings."""
     return beside(ckpt, "skip.json")
+
+
+def default_out(given, path):
+    """Where to write what belongs at path, beside a checkpoint; for the demo model, which was not given, in out/."""
+    if given:
+        return path
+    Path("out").mkdir(exist_ok=True)
+    return Path("out", path.name)
 
 
 def find_fitted(options, ckpt):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from skip import FFNSkip
-from support.measuring import as_windows, bring_to, cold_regions, measure, replay, skip_ratio, written_text
+from support.measuring import as_windows, bring_to, cold_regions, measure, quality, replay, skip_ratio, written_text
 
 
 class RandomSkip:
@@ -98,12 +98,24 @@ def check_room(n_skipped, n_warm, skip, n_layers):
 def printed(model, skip, warm_up_index=25, tokens=None, seed=0):
     """
     Algorithm 1 as printed, with the threshold that skips the share `skip` of the calibration text, and between the cold
-    regions that calibrate.py's rule finds in it.
+    regions that do least harm to some of it: those of calibrate.py's rule, or a part of what these leave.
     """
     windows = as_windows(calibration_text(model, tokens, seed))
-    cold_s, cold_e = cold_regions(measure(model, windows, warm_up_index).mean(0))
-    make = partial(FFNSkip, cold_s, cold_e, warm_up_index=warm_up_index)
-    return find_threshold(make, model, windows, skip, -1.01, 1.01)
+    cosines = measure(model, windows, warm_up_index).cpu()
+    start, end = cold_regions(cosines.mean(0))
+    some, reference, makers = windows[:: math.ceil(len(windows) / 4)], {}, {}  # makers: by their harm
+    for first, last in (0, 1), (0, 1 / 2), (1 / 4, 3 / 4), (1 / 2, 1), (0, 3 / 4), (1 / 4, 1), (3 / 8, 5 / 8):
+        cold_s, cold_e = round(start + first * (end - start)), round(start + last * (end - start))
+        make = partial(FFNSkip, cold_s, cold_e, warm_up_index=warm_up_index)
+        if makers and cold_e - cold_s - 1 < skip * cosines.size(1):
+            continue  # too few layers for that share
+        low, high = cosines[:, cold_s:cold_e].quantile(0.02).item(), cosines[:, cold_s:cold_e].max().item()
+        make.bounds = low, high + 1e-3  # of the threshold, which lies among the cosines
+        found = quality(model, some, find_threshold(make, model, some, skip, *make.bounds, 0.01), reference)
+        if not makers or abs(found["ffn_skip_ratio"] - skip) <= 0.02:
+            makers[found["kl"]] = make
+    best = makers[min(makers)]
+    return find_threshold(best, model, windows, skip, *best.bounds)
 
 
 def authors_settings(n_layers, k, max_seq_len=1024):
@@ -298,14 +310,14 @@ POLICIES = {
 }
 
 
-def find_threshold(make, model, windows, skip, most, least):
+def find_threshold(make, model, windows, skip, most, least, tolerance=0.003):
     """The make(threshold), from most skipped to least, that skips the share `skip` of windows."""
 
     def at(threshold):
         policy = make(threshold)
         return policy, skip_ratio(model, policy, windows)
 
-    policy, _ = bring_to(at, most, least, skip)
+    policy, _ = bring_to(at, most, least, skip, tolerance)
     return policy
 
 

@@ -6,6 +6,7 @@ brought to a ratio. A window is (ids, prompt_len): a list of token ids, of which
 import json
 import math
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy
 import torch
@@ -109,6 +110,11 @@ def as_tokens(model, ids):
     return torch.tensor([ids], device=model.tok_embeddings.weight.device)
 
 
+def as_batch(model, windows):
+    """The ids of windows of equal length as (rows, seq) on the model's device."""
+    return torch.cat([as_tokens(model, ids) for ids, _ in windows])
+
+
 def measure(model, windows, warm_up_index, policy=None):
     """
     (tokens, n_layers) fp32: the cosine before and after each FFN block of the dense model, past the warm-up; or what
@@ -134,40 +140,47 @@ def check_past_warm_up(n, windows, warm_up_index):
         raise ValueError(f"no text in windows of {size} tokens lies past the warm-up of {warm_up_index + 1} tokens")
 
 
-def skip_ratio(model, policy, windows):
-    """The ffn_skip_ratio of the policy over windows (ids, prompt_len). ValueError if all end within its warm-up."""
+def skip_ratio(model, policy, windows, rows=1):
+    """
+    The ffn_skip_ratio of the policy over windows (ids, prompt_len), `rows` of equal length at a time as one batch.
+    ValueError if all end within its warm-up.
+    """
     skipped, blocks, warm_up_index = 0, 0, getattr(policy, "warm_up_index", -1)
-    for ids, prompt_len in windows:
+    for group in cut(windows, rows):
         trace = Trace()
-        model(as_tokens(model, ids), policy=policy, prompt_len=prompt_len, trace=trace, last_only=True)
+        model(as_batch(model, group), policy=policy, prompt_len=group[0][1], trace=trace, last_only=True)
         counts = trace.counts(warm_up_index)
         skipped, blocks = skipped + counts[0], blocks + counts[1]
     check_past_warm_up(blocks, windows, warm_up_index)
     return skipped / blocks
 
 
-def compare_with_dense(model, windows, policy, reference, decode=False, label="comparing"):
+def compare_with_dense(model, windows, policy, reference, decode=False, label="comparing", rows=1):
     """
     For each window (ids, prompt_len) yield scores (3, seq - 1) of the policy's predictions: the negative log-likelihood
     of the next token, the KL divergence from the dense model (both in nats), and 1 where the likeliest token is the
-    dense model's; then the Trace and the KVCache. In one parallel pass, or with `decode` token by token. reference is a
-    dict that keeps the dense model's states for the next call.
+    dense model's; then the Trace and the KVCache. The prompt is one parallel pass and the rest another, or with
+    `decode` token by token. reference is a dict that keeps the dense model's states for the next call. With `rows`, so
+    many windows of equal length are one batch, and their Trace and KVCache are those of the batch.
     """
     weight = model.tok_embeddings.weight
-    for number, (ids, prompt_len) in enumerate(progress(windows, label)):
-        tokens = as_tokens(model, ids)
+    for number, group in enumerate(progress(cut(windows, rows), label)):
+        tokens, prompt_len = as_batch(model, group), group[0][1]
         if number not in reference:
             reference[number] = dense_state(model, tokens)
-        dense_logits = model.logits(reference[number])[0]  # (seq, vocab)
-        cache, trace = KVCache(model.args, 1, len(ids), weight.dtype, weight.device), Trace()
+        cache, trace = KVCache(model.args, *tokens.shape, weight.dtype, weight.device), Trace()
         logits = []
-        for part in tokens.split(1 if decode else len(ids), dim=1):
-            logits.append(model(part, cache, policy, prompt_len, trace=trace)[0])
-        yield score(torch.cat(logits), dense_logits, tokens[0]), trace, cache
+        for part in tokens[:, :prompt_len], *tokens[:, prompt_len:].split(1 if decode else tokens.size(1), dim=1):
+            if part.numel():
+                logits.append(model(part, cache, policy, prompt_len, trace=trace))
+        logits = torch.cat(logits, dim=1)  # (rows, seq, vocab)
+        for row, ids in enumerate(tokens):
+            dense_logits = model.logits(reference[number][row : row + 1])[0]  # (seq, vocab)
+            yield score(logits[row], dense_logits, ids), trace, cache
 
 
 def dense_state(model, tokens):
-    """(1, seq, dim): what the dense model gives its norm and output head for tokens (1, seq)."""
+    """(batch, seq, dim): what the dense model gives its norm and output head for tokens (batch, seq)."""
     states = []
 
     def keep(layers, x, step):
@@ -198,6 +211,7 @@ def quality(model, windows, policy, reference):
     for score, trace, _ in compare_with_dense(model, windows, policy, reference):
         scores.append(score[:, trace.token_index[0, :-1] > policy.warm_up_index])
         counts.append(trace.counts(policy.warm_up_index))
+    check_past_warm_up(sum(score.size(1) for score in scores), windows, policy.warm_up_index)
     nll, kl, top1 = torch.cat(scores, dim=1).cpu().double().mean(1).tolist()
     skipped, blocks = map(sum, zip(*counts))
     return dict(ffn_skip_ratio=skipped / blocks, perplexity=math.exp(nll), kl=kl, top1=top1)
@@ -241,17 +255,28 @@ def cold_regions(curve):
     return start + rising, start + falling
 
 
-def mean_interval(values, resamples=1000, seed=0):
-    """(mean, low, high): the mean of a list of numbers and the 95% bootstrap interval of it (Efron 1979)."""
+def mean_interval(values, blocks=None, resamples=1000, seed=0):
+    """
+    (mean, low, high): the mean of a list of numbers and the 95% interval of it by bootstrap (Efron 1979) over blocks:
+    values of the same block (of one article, say) are drawn together; None: each is a block. The interval of few blocks
+    is wider than the quantiles of the means, as Student's t is than the normal distribution (Hesterberg 2015).
+    """
     values = numpy.asarray(values, dtype=float)
-    drawn = numpy.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = numpy.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
+    _, number = numpy.unique(range(len(values)) if blocks is None else blocks, return_inverse=True)
+    sums, sizes = numpy.bincount(number, values), numpy.bincount(number)
+    n = len(sums)
+    drawn = numpy.random.default_rng(seed).integers(n, size=(resamples, n))
+    z, freedom = 1.95996, max(1, n - 1)
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)  # by Cornish and Fisher
+    tail = NormalDist().cdf(-t * math.sqrt(n / freedom))
+    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    low, high = numpy.quantile(means, [tail, 1 - tail])
     return values.mean().item(), low.item(), high.item()
 
 
-def paired_interval(ours, theirs, resamples=1000, seed=0):
+def paired_interval(ours, theirs, blocks=None, resamples=1000, seed=0):
     """mean_interval of ours - theirs, two lists of one number per item (question, window, prompt) in the same order."""
-    return mean_interval(numpy.subtract(ours, theirs, dtype=float), resamples, seed)
+    return mean_interval(numpy.subtract(ours, theirs, dtype=float), blocks, resamples, seed)
 
 
 def bring_to(at, most, least, wanted, tolerance=0.003, tries=14, first=None):
@@ -299,20 +324,57 @@ def written_text(model, batch, seq, seed=0, begin=None):
 
 
 def replay(cosines, policy):
+    """The ffn_skip_ratio of an FFNSkip over recorded cosines (tokens, n_layers): the mean of its decisions."""
+    return decisions(cosines, policy).double().mean().item()
+
+
+def decisions(cosines, policy):
     """
-    The ffn_skip_ratio of an FFNSkip over recorded cosines (tokens, n_layers) past the warm-up, without full_every: a
-    prediction, since what is skipped changes later cosines. The walk of skip.py, with a layer's tokens at once.
+    (tokens, n_layers) bool: what an FFNSkip skips by recorded cosines (tokens, n_layers) past the warm-up, without
+    full_every: a prediction, as what is skipped changes later cosines. The walk of skip.py, a layer's tokens at once.
     """
     n_layers = cosines.size(1)
     thresholds = policy.thresholds(n_layers)
     skip_state = torch.zeros(len(cosines), dtype=torch.long)  # as in skip.py, one number per token
-    skipped = 0
+    skipped = torch.zeros(cosines.shape, dtype=torch.bool)
     for i in range(policy.cold_s, policy.cold_e):
         skips = skip_state > 0
-        skipped += skips.sum().item()
+        skipped[:, i] = skips
         reached = (skip_state == 0) & (cosines[:, i].double() >= thresholds[i])  # in double, as Python compares
         after = skip_state - skips.long()
         if not policy.recheck:
             after[skips & (after == 0)] = FULL
         skip_state = torch.where(reached, policy.k or n_layers, after)
-    return skipped / cosines.numel()
+    return skipped
+
+
+def plan(cosines, make, wanted):
+    """(policy, predicted ratio) of make(threshold) whose replay skips the wanted share; (None, most) if none does."""
+
+    def at(threshold):
+        policy = make(threshold)
+        return policy, replay(cosines, policy)
+
+    most = at(-1.01)[1]
+    if most < wanted:
+        return None, most
+    return bring_to(at, -1.01, 1.01, wanted, tolerance=0.0002, tries=30)
+
+
+def saved_in_batches(skipped, rows):
+    """
+    For each n of rows the share of blocks that none of n tokens needs: skipped (tokens, n_layers) bool, as decisions()
+    has it, of which the n that one batch decodes are drawn.
+    """
+    random, saved = torch.Generator().manual_seed(0), []
+    for n in rows:
+        drawn = torch.randint(len(skipped), (4000, n), generator=random)
+        saved.append(skipped[drawn].all(1).double().mean().item())  # (4000, n, n_layers) -> (4000, n_layers)
+    return saved
+
+
+def variance_shares(cosines):
+    """(share of the layers' means, share of the tokens' means) of the variance of cosines, (tokens, n_layers)."""
+    cosines = cosines.double()
+    layers, tokens = cosines.mean(0).var(unbiased=False), cosines.mean(1).var(unbiased=False)
+    return (layers / cosines.var(unbiased=False)).item(), (tokens / cosines.var(unbiased=False)).item()

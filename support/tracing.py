@@ -52,6 +52,11 @@ class Trace:
         return self.collect(part, nothing=0.0)
 
     @property
+    def read(self):
+        """(layer, batch, token) fp32: the share of each FFN block's weights that a token needed, 0 of one skipped."""
+        return self.ran * (1 - self.unread("feed_forward"))
+
+    @property
     def token_index(self):
         return torch.cat([one.token_index for one in self.passes], dim=1)
 

@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import math
+import re
 import shutil
 
 import numpy
@@ -321,7 +322,7 @@ def calibrated(request, tmp_path, monkeypatch):
         monkeypatch.setattr(calibrate, name, keep)
     (tmp_path / "text.txt").write_text(NUMBERS)
     args = ["--text", tmp_path / "text.txt", "--max-tokens", 2300, "--warm-up-index", 5, "--skip", 0.2]
-    assert status(calibrate.main, *args) == 0
+    assert status(calibrate.main, "--ckpt", "tiny", *args) == 0
     return tmp_path / "tiny.skip.json", model, worked_on
 
 
@@ -415,6 +416,30 @@ def test_recorded_cosines_are_planned_without_a_model(tmp_path):
         assert replay(cosines, policies.shifted(policy, shift)) == pytest.approx(ratio, abs=5.1e-5)
 
 
+def test_what_recorded_cosines_save_in_batches_is_printed_and_nothing_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    numpy.savetxt("c.csv", recorded("llama-2-7b.c4"), fmt="%.3f", delimiter=",")
+    assert not status(calibrate.main, "--cosines", "c.csv", "--skip", 0.25, "--rows", "1,8")
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("as printed"))
+    one, eight = (float(share) for share in line.replace("%", "").split()[2:])
+    assert abs(one - 25) < 1 and 15 < eight < 20  # as printed all begin to skip in about the same layer
+    one, eight = (float(share) for share in re.findall(r"^k=1 +(\S+)% +(\S+)%$", out, re.M)[0])
+    assert abs(one - 25) < 1 and eight < 1
+    assert "81% of the variance of the cosines is the layers', 7% the tokens'" in out
+    assert [file.name for file in tmp_path.iterdir()] == ["c.csv"]
+
+
+def test_the_demo_models_settings_are_written_into_the_working_folder(checkpoint, tmp_path, monkeypatch):
+    """Its weights lie in an installed package, where settings would override those of config/ from then on."""
+    monkeypatch.setattr(common, "find_checkpoint", lambda path: checkpoint)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(checkpoint.rglob("*"))
+    assert not status(calibrate.main, "--skip", 0.1, "--warm-up-index", 5)
+    assert sorted(checkpoint.rglob("*")) == before
+    assert json.loads((tmp_path / "out" / "skip.json").read_text())["target_skip"] == 0.1
+
+
 SMALL = ["--ckpt", str(GOLDEN / "hf-gqa"), "--text", "OUR/text.txt"]
 WRONG = [  # OUR/: the folder of the test; --out OUR/out.json unless it is given
     (["--ckpt", "nosuch"], "no checkpoint at nosuch"),
@@ -433,6 +458,7 @@ WRONG = [  # OUR/: the folder of the test; --out OUR/out.json unless it is given
     (["--cosines", "OUR/good.csv", "--skip", "0.9"], "0.9 cannot be reached"),
     (["--cosines", "OUR/good.csv", *SMALL[:2], "--skip", "0.9", "--out="], "cannot be reached"),
     (["--cosines", "OUR/good.csv", "--out="], "--cosines needs --out"),
+    (["--cosines", "OUR/good.csv", "--rows", "1,0"], "--rows 1,0: expected whole numbers above 0"),
     (["--skip", "2"], "--skip 2.0"),
     (["--warm-up-index", "-2"], "--warm-up-index -2 is below -1"),
 ]

@@ -1,14 +1,18 @@
 """What README.md and its fellows say of the code, its commands and its figures is so; the fork guide works."""
 
 import csv
+import functools
 import importlib
 import json
 import re
 import shlex
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 from test_golden import GOLDEN
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +23,8 @@ import evaluate
 import plot
 
 import generate
+from skip import FFNSkip
+from support.measuring import cold_regions, decisions, paired_interval, plan, saved_in_batches, variance_shares
 
 README = (ROOT / "README.md").read_text()
 PAGES = ["README.md", "experiments/README.md"]
@@ -73,6 +79,26 @@ def test_every_command_is_one_that_the_program_takes(page):
             continue  # FastChat's
         assert script in PYTHON
         importlib.import_module(Path(script).stem).parse_args(words)  # exits where it does not understand
+
+
+MADE = {"mine.py:make", "mine.py", "trace.csv", "trace.html", "standins-64.safetensors"}  # by the reader, or before
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_in_a_command_is_here_or_in_the_page_of_the_data(page):
+    """So that a command starts in a fresh clone with the data that docs/data.md names; the rest is written by it."""
+    words = [word for command in commands(page) for part in command for word in part.split(",")]
+    if page == "docs/results.md":
+        words += re.findall(r"--data (\S+)", read(page))
+    named = [Path(path).name for path in re.findall(r"[\w/*.-]+\.\w+", read("docs/data.md"))]
+    for word in words:
+        top = word.split("/")[0]
+        if not re.search(r"\.(py|csv|jsonl?|txt|raw|html|safetensors)(:\w+)?$", word) or word in MADE or top == "out":
+            continue
+        if top not in OF_A_USER and (ROOT / word).exists() or word == "gen_judgment.py":
+            continue
+        names = Path(word).name, Path(word).with_suffix(".json").name  # "x.json or .txt"
+        assert any(fnmatch(name, pattern) for name in names for pattern in named), (page, word)
 
 
 def test_the_commands_are_found():
@@ -176,15 +202,94 @@ def test_what_calibrate_compared_is_what_the_settings_keep():
 
 
 def test_the_table_of_warm_ups_is_that_of_the_results():
-    lines = re.findall(r"^\| (warm_up_index|after a prompt|without a prompt) \| (.*)$", read("docs/results.md"), re.M)
-    (_, header), *rows = lines
-    for (_, line), file in zip(rows, ["warmup.csv", "warmup_no_prompt.csv"], strict=True):
-        found = {}
+    section = read("docs/results.md").split("## Warm-up")[1].split("\n## ")[0]
+    header, _, *rows = [cells(line) for line in section.splitlines() if line.startswith("|")]
+    items = {}  # {(ratio, warm-up): the log-perplexity of each window}
+    for line in (RESULTS / "items" / "warmup.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["policy"] == "ffnskip":
+            items[record["skip"], record["warm_up_index"]] = record["scores"]["perplexity_past_warm_up"]
+    for (label, *found), skip in zip(rows[:2], (0.15, 0.25)):
+        assert label == f"at {skip:.0%}"
+        for warm_up, cell in zip(header[1:], found):
+            numbers = paired_interval(items[skip, int(warm_up)], items[skip, 60])
+            assert cell == "{:.3f} [{:.3f}, {:.3f}]".format(*numbers)
+    for (_, *found), file in zip(rows[2:], ["warmup.csv", "warmup_no_prompt.csv"], strict=True):
+        perplexities = {}
         for row in results(file):
             if row["policy"] == "ffnskip" and row["skip"] == "0.15":
-                numbers = [float(row[f"perplexity_past_warm_up{end}"]) for end in ("", "_low", "_high")]
-                found[row["warm_up_index"]] = "{:.1f} [{:.1f}, {:.1f}]".format(*numbers)
-        assert dict(zip(cells(header), cells(line))) == {index: found.get(index, "-") for index in cells(header)}
+                perplexities[row["warm_up_index"]] = f"{float(row['perplexity_past_warm_up']):.1f}"
+        assert found == [perplexities.get(index, "-") for index in header[1:]]
+
+
+def test_what_llama_2_would_save_in_batches_is_what_its_recorded_cosines_say():
+    """Also how much of their variance is the layers' and the tokens', and how many tokens never reach 0.9."""
+    recorded, page, seen = numpy.load(GOLDEN / "cosines.npz"), read("docs/results.md"), 0
+    for name in recorded:
+        cosines = torch.tensor(recorded[name] / 1000, dtype=torch.float32)
+        cold_s, cold_e = cold_regions(cosines.mean(0))
+        warm = cosines[:, cold_s:cold_e]
+        by_layer, by_token = variance_shares(warm)
+        never = (warm.amax(1) < 0.9).sum().item()
+        assert f"| {name} | {len(cosines):,} | {by_layer:.0%} | {by_token:.0%} | {never} |" in page
+        for label, k in ("as printed", None), ("k=1", 1):
+            policy, _ = plan(cosines, functools.partial(FFNSkip, cold_s, cold_e, k=k), 0.25)
+            shares = saved_in_batches(decisions(cosines, policy), [1, 2, 4, 8, 16])
+            assert f"| {name} | {label} | " + " | ".join(f"{share:.1%}" for share in shares) + " |" in page
+            if name == "llama-2-7b.c4":
+                said = f"| {label}: no row needs | " + " | ".join(f"{share:.1%}" for share in shares) + " |"
+                assert said in read("docs/when-it-pays.md")
+        seen += len(cosines)
+    assert seen == 2800 and "none of the 2,800 tokens" in page
+
+
+SHAPES = {  # dim, layers, heads, heads of keys and values, width of the feed-forward block, vocabulary
+    "SmolLM2-135M": (576, 30, 9, 3, 1536, 49152),
+    "LLaMA-2-7B": (4096, 32, 32, 32, 11008, 32000),
+    "LLaMA-2-13B": (5120, 40, 40, 40, 13824, 32000),
+    "LLaMA-2-70B": (8192, 80, 64, 8, 28672, 32000),
+}
+
+
+def bound(model, skipped, columns, rows=1, bits=16.0):
+    """(1) of docs/when-it-pays.md, in numbers of 16 bits."""
+    dim, n_layers, heads, kv_heads, hidden, vocab = SHAPES[model]
+    head_dim = dim // heads
+    attention = 2 * dim * heads * head_dim + 2 * dim * kv_heads * head_dim
+    cache = rows * columns * 2 * n_layers * kv_heads * head_dim
+    always = (n_layers * attention + vocab * dim) * bits / 16 + cache
+    blocks = n_layers * 3 * dim * hidden * bits / 16
+    return (always + blocks) / (always + blocks * (1 - skipped))
+
+
+def test_the_bounds_of_when_it_pays_are_those_of_the_bytes():
+    page = read("docs/when-it-pays.md")
+    rows = re.findall(r"^\| (\S+) \| ([\d.]+) bits \| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) == 2 * len(SHAPES)
+    for model, bits, found in rows:
+        assert cells(found) == [f"{bound(model, 0.25, n, bits=float(bits)):.2f}" for n in (0, 512, 2048, 4096)]
+    in_batches = re.findall(r"^\| [^|]*rows?[^|]* \| (.*%) \|\n\| bound \| (.*) \|$", page, re.MULTILINE)
+    assert len(in_batches) == 3
+    for shares, found in in_batches:
+        skipped = [float(share.strip().removesuffix("%")) / 100 for share in shares.split("|")]
+        bounds = [bound("LLaMA-2-7B", share, 512, rows) for share, rows in zip(skipped, (1, 2, 4, 8, 16))]
+        assert cells(found) == [f"{value:.2f}" for value in bounds]
+
+
+def draft_speedup(accepted, cost, n):
+    """(2) of docs/when-it-pays.md."""
+    return (1 - accepted ** (n + 1)) / ((1 - accepted) * (n * cost + 1))
+
+
+def test_no_policy_pays_as_a_draft_beyond_what_the_page_says():
+    best = 0.0
+    for row in results("perplexity.csv"):
+        if row["policy"] != "dense":
+            cost = 1 - float(row["bytes_saved"])
+            best = max(best, *(draft_speedup(float(row["top1_agreement"]), cost, n) for n in range(1, 9)))
+    page = " ".join(read("docs/when-it-pays.md").split())
+    assert f"the best of (2) is {best:.2f}" in page and best < 1.02
+    assert f"{max(draft_speedup(0.9, 0.5, n) for n in range(1, 9)):.2f} at best" in page
 
 
 def test_what_to_expect_is_what_was_measured():
@@ -245,7 +350,7 @@ def as_dicts(lines):
     return found
 
 
-@pytest.mark.parametrize("page, least", [("docs/results.md", 14), ("docs/speed.md", 8), ("docs/standins.md", 10)])
+@pytest.mark.parametrize("page, least", [("docs/results.md", 20), ("docs/speed.md", 8), ("docs/standins.md", 10)])
 def test_the_figures_are_those_of_the_results(page, least, capsys, monkeypatch):
     """A page may leave out rows, and columns that are empty in those it shows."""
     monkeypatch.chdir(ROOT)

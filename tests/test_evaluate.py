@@ -13,7 +13,7 @@ import tasks
 import torch
 from at_ratio import Calibration, at_ratio_ffnskip, describe, make_policy, on_text, prompts_ratio
 from readers import load_questions, load_text
-from table import Table, cell
+from table import Table, cell, check_settings
 from tasks import TASKS, perplexity
 from test_golden import GOLDEN
 from test_standins import random_fit, write_fit
@@ -141,9 +141,9 @@ def test_a_text_too_short_for_a_later_row_is_enough_for_those_before(model):
     assert make_policy("random", model, 0.2, calibration, {}, 4, 0, options())[1] == pytest.approx(0.2, abs=0.06)
     with pytest.raises(ValueError, match="no text in windows of 20 tokens lies past the warm-up of 31"):
         make_policy("random", model, 0.2, calibration, {}, 30, 0, options())
-    for name in "ffnskip", "printed":
-        with pytest.raises(ValueError, match="the texts to calibrate on end within the largest warm-up"):
-            make_policy(name, model, 0.2, calibration, dict(cold_s=1, cold_e=5), 4, 0, options())
+    assert make_policy("printed", model, 0.2, calibration, {}, 4, 0, options())[1] == pytest.approx(0.2, abs=0.06)
+    with pytest.raises(ValueError, match="the texts to calibrate on end within the largest warm-up"):
+        make_policy("ffnskip", model, 0.2, calibration, dict(cold_s=1, cold_e=5), 4, 0, options())
 
 
 @pytest.mark.parametrize("threshold", [0.9, [0.5, 0.6, 0.7, 0.6, 0.5, 0.5]])
@@ -231,6 +231,36 @@ def test_factoid_ratios_are_reached_on_the_questions_after_those_scored(run, mod
         assert ratio == prompts_ratio(model, policy, prompts, tasks.Context()) == pytest.approx(0.2, abs=0.05)
         assert cell(ratio) == row["calibrated_ratio"] and row["questions"] == "8"
     assert made[1][1].target_len == made[1][0].target_len == round(median(map(len, prompts)))
+
+
+def test_the_prompt_is_skipped_alone_or_too(run):
+    flags = ["--policies", "dense,ffnskip", "--skip-in", "decoding,prompt,both", "--prompt-tokens", 20, "--limit", 128]
+    dense, *rows = run("perplexity", "text.raw", *flags)
+    assert [row["policy"] for row in rows] == ["ffnskip", "ffnskip in prompt", "ffnskip in both"]
+    for row, prompt, after in zip(rows, (False, True, True), (True, False, True)):
+        assert (float(row["prompt_skip_ratio"]) > 0.05) == prompt and (float(row["ffn_skip_ratio"]) > 0.05) == after
+        assert float(row["kl"]) > float(dense["kl"])
+
+
+def test_windows_in_a_batch_agree(run):
+    flags = ["--policies", "dense,ffnskip,random", "--agree", "0.5", "--rows", 2, "--limit", 128]
+    dense, together, alone = run("perplexity", "text.raw", *flags)
+    assert together["ffn_saved_at_2"] == together["ffn_skip_ratio"] and float(together["ffn_skip_ratio"]) > 0.05
+    assert "agree=0.5" in together["setting"] and dense["ffn_saved_at_2"] == "0" and alone["ffn_saved_at_4"] == ""
+
+
+def test_texts_are_drawn_at_a_temperature(run):
+    flags = ["--max-new-tokens", 12, "--policies", "dense", "--limit", 2]
+    (greedy,) = run("collapse", "question.jsonl", *flags)
+    with pytest.raises(ValueError, match=r"other settings \(temperature\)"):
+        run("collapse", "question.jsonl", *flags, "--temperature", 5)
+
+
+def test_a_table_that_does_not_name_a_setting_has_its_old_value(tmp_path):
+    check_settings("x.csv", dict(task="x"), dict(task="x", temperature=0.0, rows=1), "delete it")
+    with pytest.raises(ValueError, match=r"x.csv: made with other settings \(windows\): delete it"):
+        check_settings("x.csv", dict(task="x"), dict(task="x", windows="all over the text"), "delete it")
+    check_settings("x.csv", {}, dict(windows="all over the text"), "delete it")
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

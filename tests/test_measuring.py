@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 from fit_standins import written_windows
@@ -24,8 +25,10 @@ from support.measuring import (
     quality,
     read_jsonl,
     read_text,
+    saved_in_batches,
     skip_ratio,
     text_windows,
+    variance_shares,
     written_text,
 )
 from support.tracing import Trace
@@ -156,9 +159,9 @@ def test_the_dense_model_runs_once_per_window():
     model, windows, reference, passes = tiny_model(), [(random_ids(20), 0), (random_ids(9), 3)], {}, []
     model.register_forward_pre_hook(lambda module, inputs: passes.append(inputs[0].size(1)))
     first = quality(model, windows, FFNSkip(0, 4, 0.9, warm_up_index=2), reference)
-    assert passes == [20, 20, 9, 9]
+    assert passes == [20, 20, 9, 3, 6]  # a prompt of its own
     assert quality(model, windows, FFNSkip(0, 4, 0.9, warm_up_index=2), reference) == first
-    assert passes[4:] == [20, 9]
+    assert passes[5:] == [20, 3, 6]
 
 
 def test_token_by_token_gives_what_one_pass_gives():
@@ -231,3 +234,32 @@ def test_paired_interval_holds_the_mean_and_narrows_where_items_agree():
     assert paired_interval(ours, theirs) == (mean, low, high)  # the same resamples every time
     wide = mean_interval(ours)
     assert wide[2] - wide[1] == pytest.approx(2 * 1.96 * torch.tensor(ours).std().item() / 10, rel=0.15)
+
+
+def test_an_interval_of_few_blocks_is_wider_and_covers_the_mean():
+    """Values of one block are drawn together, and the quantiles reach as far as Student's t does."""
+    random, inside = numpy.random.default_rng(0), 0
+    for i in range(400):
+        blocks = numpy.repeat(range(12), 4)
+        values = random.normal(size=12)[blocks] + 0.1 * random.normal(size=48)
+        _, low, high = mean_interval(values, blocks, resamples=400, seed=i)
+        inside += low <= 0 <= high
+        naive = mean_interval(values, resamples=400, seed=i)
+        assert high - low > naive[2] - naive[1] or i % 10
+    assert 0.92 <= inside / 400 <= 0.98
+    mean, low, high = mean_interval([1.0, 3.0, 5.0, 7.0], [0, 0, 1, 1])
+    assert mean == 4 and low == 2 and high == 6
+    assert paired_interval([2.0, 4.0, 6.0, 8.0], [1.0] * 4, [0, 0, 1, 1]) == (4, 2, 6)
+
+
+def test_the_shares_of_a_variance_that_layers_and_tokens_have_by_hand():
+    layers, tokens = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([[0.0], [3.0]])
+    by_layer, by_token = variance_shares(layers + tokens)  # variances 2/3 and 9/4
+    assert by_layer == pytest.approx((2 / 3) / (2 / 3 + 9 / 4)) and by_layer + by_token == pytest.approx(1)
+
+
+def test_what_batches_of_recorded_tokens_save():
+    skipped = torch.tensor([[True, True, False], [True, False, False]])
+    one, two, many = saved_in_batches(skipped, [1, 2, 32])
+    assert one == pytest.approx(0.5, abs=0.01) and two == pytest.approx(1 / 3 + 1 / 12, abs=0.01)
+    assert many == pytest.approx(1 / 3)

@@ -1,6 +1,7 @@
 """experiments/plot.py: what it prints, to the letter, what it draws, and what it says of files that it cannot use."""
 
 import csv
+import json
 import re
 import shutil
 import sys
@@ -85,6 +86,35 @@ def test_a_column_is_a_table_of_policies_by_wanted_ratios(folder, capsys):
         "| dense | 0 at 0.0% |  |",
         "| random | 1.23 at 3.0% | 1000 at 9.0% |",
         "| shortgpt | 3 at 2.6% | - |",
+    ]
+
+
+def test_a_column_minus_that_of_a_policy_at_as_many_bytes(tmp_path, capsys):
+    """On the line between its two nearest rows; paired by item, which are drawn by their articles."""
+    shared = dict(match="ffn", warm_up_index=25, seed=0)
+    rows, items = [], []
+    for policy, skip, saved, kl in [
+        ("dense", None, 0.0, [0.0, 0, 0, 0, 0, 0]),
+        ("ffnskip", 0.1, 0.1, [1.0, 2, 3, 4, 5, 6]),
+        ("ffnskip", 0.2, 0.2, [3.0, 4, 5, 6, 7, 9]),
+        ("fixed", 0.1, 0.15, [2.5, 3.5, 4.5, 5.5, 6.5, 9]),
+        ("fixed", 0.3, 0.3, [9.0] * 6),
+    ]:
+        key = dict(policy=policy, skip=skip, **shared)
+        row = dict(skip="" if skip is None else skip, ffn_skip_ratio=saved, bytes_saved=saved, kl=sum(kl) / 6)
+        rows.append(key | row)
+        items.append(key | dict(scores=dict(kl=kl, article=[0, 0, 1, 2, 3, 4])))
+    write(tmp_path / "x.csv", rows)
+    with pytest.raises(ValueError, match="x.csv: no scores of kl in items/ beside it for dense and ffnskip"):
+        plot.main([str(tmp_path / "x.csv"), "kl", "--minus", "ffnskip"])
+    (tmp_path / "items").mkdir()
+    (tmp_path / "items" / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in items))
+    ends = paired_interval([0.5, 0.5, 0.5, 0.5, 0.5, 1.5], [0.0] * 6, [0, 0, 1, 2, 3, 4])
+    middle, low, high = (f"{value:.3g}" for value in ends)
+    assert printed(capsys, tmp_path / "x.csv", "kl", "--minus", "ffnskip")[2:] == [
+        "| dense | - |  |  |",
+        "| ffnskip | 0 at 10.0% | 0 at 20.0% | - |",
+        f"| fixed | {middle} [{low}, {high}] at 15.0% | - | - |",
     ]
 
 

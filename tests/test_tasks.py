@@ -37,14 +37,15 @@ def test_repetition_by_hand():
 
 
 def test_counts_and_ratios_by_hand():
-    ran = torch.tensor([[1, 1, 1, 0, 1], [1, 1, 0, 0, 1]]).bool()  # (2 layers, 5 tokens)
+    read = torch.tensor([[1, 1, 0.5, 0, 1], [1, 1, 0, 0, 0.75]])  # (2 layers, 5 tokens)
     token_index, policy = torch.tensor([-1, 0, 1, 2, 3]), SimpleNamespace(warm_up_index=1)
-    assert tasks.count_blocks(ran, token_index, policy, Context()) == [2, 4, 3, 8]
-    assert tasks.count_blocks(ran, token_index, dense, Context(warm_up_index=0)) == [3, 6, 3, 8]  # dense has none
-    both = tasks.count_blocks(ran[:, None].expand(2, 3, 5), token_index.expand(3, 5), policy, Context())
-    assert both == [6, 12, 9, 24]  # of three rows
-    assert tasks.ratios([[2, 4, 3, 8], [0, 4, 0, 8]]) == dict(ffn_skip_ratio=2 / 8, ffn_saved_ratio=3 / 16)
-    assert tasks.ratios([[0, 0, 1, 8]]) == dict(ffn_skip_ratio=None, ffn_saved_ratio=1 / 8)
+    assert tasks.count_blocks(read, token_index, policy, Context()) == [2, 4, 3, 8, 2.25]
+    assert tasks.count_blocks(read, token_index, dense, Context(warm_up_index=0)) == [3, 6, 3, 8, 3.75]  # has none
+    both = tasks.count_blocks(read[:, None].expand(2, 3, 5), token_index.expand(3, 5), policy, Context())
+    assert both == [6, 12, 9, 24, 6.75]  # of three rows
+    found = tasks.ratios([[2, 4, 3, 8, 2.25], [0, 4, 0, 8, 0]])
+    assert found == dict(unread_ratio=2.25 / 8, ffn_skip_ratio=2 / 8, ffn_saved_ratio=3 / 16)
+    assert tasks.ratios([[0, 0, 1, 8, 0]]) == dict(unread_ratio=None, ffn_skip_ratio=None, ffn_saved_ratio=1 / 8)
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -142,7 +143,8 @@ def test_the_second_turn_of_mtbench_is_asked_after_the_first_and_its_answer(mode
 def test_perplexity_by_hand(model):
     policy, context = FFNSkip(1, 5, 0.9, warm_up_index=4, k=1), Context(limit=128, window=64, first=5)
     result = tasks.perplexity(model, Bytes(), policy, STORY * 4, context)
-    tokens = torch.tensor(Bytes().encode(STORY * 4)[:128]).view(2, 64)
+    half = len(STORY) * 2  # the windows begin all over the text
+    tokens = torch.tensor([Bytes().encode(STORY * 4)[:64], Bytes().encode(STORY * 4)[half : half + 64]])
     trace = Trace()
     p, q = (model(tokens, policy=way, trace=t).softmax(-1)[:, :-1] for way, t in ((policy, trace), (None, None)))
     loss = -p.gather(2, tokens[:, 1:, None])[:, :, 0].log()
@@ -155,6 +157,36 @@ def test_perplexity_by_hand(model):
     assert result["tokens"] == 128 and result["tokens_compared"] == 2 * (63 - 5) and result["holes_read"] == 0
     with pytest.raises(ValueError, match="do not fill"):
         tasks.perplexity(model, Bytes(), policy, "short", context)
+
+
+def test_windows_come_from_all_over_the_text_with_the_article_that_each_begins_in():
+    text = "".join(f" = Article {i} = \n" + f" = = Part = = \n{i}\n" * 20 for i in range(3))
+    windows, articles = tasks.spread_windows(Bytes(), text, 6 * 16, 16)
+    assert len(windows) == 6 and articles == [1, 1, 2, 2, 3, 3]
+    for i, ids in enumerate(windows):
+        assert ids == Bytes().encode(text[len(text) * i // 6 :])[:16]
+    assert tasks.spread_windows(Bytes(), STORY, 64, 16)[1] == [0, 1, 2, 3]  # no headings
+    windows, articles = tasks.spread_windows(Bytes(), STORY[:50], 64, 16)  # too short for four apart: in a row
+    assert windows == [list(STORY[i : i + 16].encode()) for i in (0, 16, 32)] and articles == [0, 1, 2]
+
+
+def test_what_a_batch_saves_is_what_none_of_its_rows_needs():
+    ran = torch.ones(3, 2, 4, dtype=torch.bool)  # (text, layer, token)
+    ran[:, 0, 1] = False  # skipped by all
+    ran[0, 1, 2] = False
+    assert tasks.saved_at(ran, 1, draws=500) == pytest.approx((1 + 1 / 3) / 8, abs=0.01)
+    assert tasks.saved_at(ran, 3) == 1 / 8 and tasks.saved_at(ran, 4) is None
+
+
+def test_what_is_lost_is_within_the_margin_only_by_the_whole_interval():
+    right, wrong = [1.0] * 12, [1.0] * 11 + [0.0]
+    for margin, within in (0.5, 1), (0.1, 0), (None, None):
+        context = Context(dense_scores=dict(exact_match=right), margin=margin)
+        assert tasks.means(context, exact_match=wrong).get("within_margin") == within
+    context = Context(dense_scores=dict(kl=[0.0] * 12), margin=0.05)
+    assert tasks.means(context, kl=[0.0] * 12)["within_margin"] == 1
+    assert tasks.means(context, kl=[-1.0] * 6 + [1.0] * 6)["within_margin"] == 0
+    assert tasks.means(Context(margin=0.05), kl=[0.0] * 12)["within_margin"] is None  # no dense row
 
 
 def test_the_prompt_of_a_window_is_in_full_and_the_warm_up_counts_after_it(model):
