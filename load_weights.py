@@ -362,8 +362,12 @@ def parse_args(argv):
     add = parser.add_argument
     add("path", nargs="?", help="a folder, or a file in it; default: the demo model")
     add("--out", metavar="FOLDER", help="write it there as one safetensors file in Meta's names")
+    add("--columns", action="store_true", help="there by columns, for policies teal and teal_all on a CPU")
     add("--dtype", choices=common.DTYPES, help="default: the checkpoint's; bfloat16 for GGUF")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.columns and not options.out:
+        parser.error("--columns goes with --out")
+    return options
 
 
 def main(argv=None):
@@ -372,7 +376,7 @@ def main(argv=None):
     model, tokenizer = load_model(path, dtype=options.dtype), load_tokenizer(path)
     print(path, *describe(model, tokenizer), sep="\n")
     if options.out:
-        save(model, tokenizer, path, Path(options.out))
+        save(model, tokenizer, path, Path(options.out), options.columns)
         print(f"written to {options.out}")
 
 

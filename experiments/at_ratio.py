@@ -126,6 +126,8 @@ def describe(policy):
     for key, value in sorted(vars(policy).items()):
         if key in ("seed", "warm_up_index") or not isinstance(value, (int, float, list, set, type(None))):
             continue
+        if isinstance(value, list) and any(isinstance(each, list) for each in value):
+            continue
         if isinstance(value, list) and value and max(value) - min(value) < 1e-9:
             value = value[0]
         if isinstance(value, list):

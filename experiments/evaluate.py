@@ -53,7 +53,7 @@ from tasks import TASKS, WRITTEN, Context, held_out, spread_windows
 import policies
 from load_weights import load_model, load_tokenizer
 from model import dense
-from policies import teal
+from policies import standins
 from policies.baselines import POLICIES, written_text
 from policies.ledger import InPrompt
 from support import common
@@ -216,8 +216,8 @@ def shared_settings(options, settings, ckpt, model):
         shared["windows"] = "all over the text"
     files = dict(data=options.data, calibration=options.calibration)
     for name in options.policies:
-        if name not in OWN and name not in teal.POLICIES and policies.takes_fit(policies.find_factory(name)):
-            files["fit"] = policies.find_fitted(options, ckpt)[policies.STANDINS]
+        if name not in OWN and policies.takes_fit(policies.find_factory(name)):
+            files["fit"] = policies.find_fitted(options, ckpt)[standins.make.fit]
     for name, file in files.items():
         shared[f"{name}_checksum"] = common.checksum(file)
     return shared | dict(weights_checksum=common.fingerprint(model))

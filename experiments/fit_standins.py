@@ -18,7 +18,6 @@ import support  # noqa: I001, F401 (before PyTorch: Ctrl-C)
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-import policies
 from generate import generate_batch
 from load_weights import load
 from model import KVCache
@@ -316,7 +315,7 @@ def parse_args(argv):
 def main(argv=None):
     options = parse_args(argv)
     ckpt = common.find_checkpoint(options.ckpt)
-    out = Path(options.out) if options.out else common.beside(ckpt, policies.STANDINS)
+    out = Path(options.out) if options.out else common.beside(ckpt, standins.make.fit)
     common.check_outputs(out)
     tokenizer, model = load(ckpt, common.find_device(options.device), options.dtype)
     if not 0 <= options.rank <= model.args.dim:

@@ -85,7 +85,7 @@ def linear(x, weight):
 
 def stored(name, weight, device, dtype):
     """A tensor of a model as it is read fastest there, a matrix perhaps by columns; its shape stays."""
-    small = name.startswith("layers.") and weight.dim() == 2 and weight.numel() <= SMALL
+    small = name.startswith("layers.") and weight.dim() == 2 and weight.numel() <= SMALL and not is_by_columns(weight)
     if small and torch.device(device).type == "cpu" and dtype == torch.bfloat16 and (AMX or AVX512_BF16):
         return by_columns(weight, dtype)
     return weight.to(device, dtype)

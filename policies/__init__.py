@@ -17,7 +17,7 @@ from skip import FFNSkip
 from support.common import HERE, LoadError, beside, first_line, made_for, model_name, note, policy_files, read_json
 
 FACTORIES = {"standins": standins.make, **teal.POLICIES, **baselines.POLICIES, **ledger.LEDGER}
-STANDINS = "standins.safetensors"
+FITS = standins.make.fit, teal.make.fit
 
 
 def add_skip_arguments(parser):
@@ -139,8 +139,11 @@ def takes_fit(factory):
 
 
 def fit_of(factory, fitted):
-    """The file of find_fitted's that a factory wants: teal.json for those that say so, else stand-ins; maybe None."""
-    return fitted.get(getattr(factory, "fit", STANDINS))
+    """The file of find_fitted's that a factory wants, stand-ins unless its `fit` says what; a dict of several."""
+    kind = getattr(factory, "fit", standins.make.fit)
+    if isinstance(kind, tuple):
+        return {each: fitted.get(each) for each in kind}
+    return fitted.get(kind)
 
 
 def find_settings(options, ckpt, n_layers):
@@ -211,10 +214,10 @@ def default_out(given, path):
 def find_fitted(options, ckpt):
     """{kind: the file of that kind beside the checkpoint or under config/, or that --standins names; None for none}."""
     found = {}
-    for kind in STANDINS, "teal.json":
+    for kind in FITS:
         found[kind] = find_file(beside(ckpt, kind), f"{model_name(ckpt)}.{kind}")
     if options.standins:
-        found[STANDINS] = options.standins
+        found[standins.make.fit] = options.standins
     return found
 
 

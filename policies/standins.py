@@ -120,6 +120,9 @@ def make(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=N
     return StandIns(tensors, float(numpy.interp(skip, ratios, budgets)), cap(model, skip), warm_up_index)
 
 
+make.fit = "standins.safetensors"  # beside a checkpoint
+
+
 def cap(model, skip):
     """How many blocks a token may skip: ten points more than asked for, so that no text skips more than that."""
     n_layers = model.args.n_layers

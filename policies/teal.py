@@ -8,6 +8,8 @@ teal       inputs of w1, w3 and w2 whose size is below a threshold, one per laye
 teal_all   the same for all the matrices of the layers, as in that paper
 cats       neurons whose gate, silu(w1 x), is below a threshold: their rows of w3 and columns of w2 (Lee et al. 2024,
            https://arxiv.org/abs/2404.08763)
+teal_standins  teal, and up to 6 % of the blocks replaced whole, those whose stand-in (standins.py) is predicted to
+           do the least harm: from about a third of the bytes on that harms less (docs/results.md). This project's own
 
 --skip is the share of the feed-forward blocks' bytes that is left out (teal_all: of all that the layers read). No block
 is skipped, and no cache entry is missing.
@@ -20,10 +22,12 @@ import torch.nn.functional as F
 
 from fast import one_row, parallel
 from model import apply_rotary_emb, dense
+from policies import standins
 from support.common import LoadError, made_for, note, read_json
 from support.measuring import as_windows, written_text
 
 PLACES = "attention", "wo", "feed_forward", "w2", "gate"  # inputs of wq, wk and wv, of wo, of w1 and w3, of w2; gates
+BLOCKS = 0.06  # of all, at most, that teal_standins leaves out whole
 STEPS = 20  # quantiles in a file: 0, 1/20, ..., 19/20
 SAMPLE = 200_000  # numbers per layer and place, of which quantiles are taken
 WARM_UP_INDEX = 25
@@ -188,9 +192,21 @@ def cats(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=N
     return make(model, skip, warm_up_index, tokens, seed, fitted, dict(gate=1.5 * skip))
 
 
+def teal_standins(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=None):
+    """Teal over the blocks that run, and stand-ins for some, so that the share `skip` of all bytes is left out."""
+    fitted = fitted or {}
+    blocks = min(BLOCKS, skip / 4)
+    inner = standins.make(model, blocks, warm_up_index, tokens, seed, fitted.get(standins.make.fit))
+    of_the_rest = 1 - (1 - skip) / (1 - blocks)
+    policy = make(model, of_the_rest, warm_up_index, tokens, seed, fitted.get(make.fit))
+    policy.inner, policy.as_blocks = inner, skip
+    return policy
+
+
 make.fit = teal_all.fit = cats.fit = "teal.json"  # beside a checkpoint
+teal_standins.fit = make.fit, standins.make.fit
 teal_all.also_skips = ("attention",)
-POLICIES = {"teal": make, "teal_all": teal_all, "cats": cats}
+POLICIES = {"teal": make, "teal_all": teal_all, "teal_standins": teal_standins, "cats": cats}
 
 
 def store_by_columns(model):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from support.common import LoadError, nbytes, weight_bytes, write_whole
 from support.tokenizer import SentencePieceTokenizer, tokenizer_folder
-from support.weight_files import locate
+from support.weight_files import COLUMNS, locate
 
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -51,8 +51,11 @@ def describe(model, tokenizer):
     yield f"tokenizer: {tokenizer.vocab_size} tokens, {ids}, chat template: {template}"
 
 
-def save(model, tokenizer, path, folder):
-    """Write the model, opened from path, into a new folder: model.safetensors, params.json, the tokenizer's files."""
+def save(model, tokenizer, path, folder, columns=False):
+    """
+    Write the model, opened from path, into a new folder: model.safetensors, params.json, the tokenizer's files. With
+    columns, the layers' matrices are written as their transposes, under names that say so.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "model.safetensors").exists():
         raise LoadError(f"{folder / 'model.safetensors'}: exists already, and is not overwritten")
@@ -76,7 +79,12 @@ def save(model, tokenizer, path, folder):
         config = dict(tokenizer.special, chat_template=tokenizer.template)
     if getattr(tokenizer, "match", True) and not (folder / "tokenizer_config.json").exists():
         write_json(folder / "tokenizer_config.json", config)
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if columns and name.startswith("layers.") and tensor.dim() == 2:
+            tensors[name + COLUMNS] = tensor.t().contiguous()
+        else:
+            tensors[name] = tensor.contiguous()
     write_whole(folder / "model.safetensors", partial(save_file, tensors))  # last: where it is, all is
 
 

@@ -146,7 +146,16 @@ def read_tensors(file):
             raise ValueError("not a PyTorch file")
     if not isinstance(tensors, dict) or not all(is_plain(*item) for item in tensors.items()):
         raise LoadError(f"{file}: not a dictionary of tensors")
-    return {name: tensor for name, tensor in tensors.items() if not re.search(f"({BUFFERS})$", name)}
+    found = {}
+    for name, tensor in tensors.items():
+        if name.endswith(COLUMNS) and tensor.dim() == 2:  # of load_weights.py --columns
+            found[name.removesuffix(COLUMNS)] = tensor.t()
+        elif not re.search(f"({BUFFERS})$", name):
+            found[name] = tensor
+    return found
+
+
+COLUMNS = ".columns"  # at the end of the name of a matrix (out, in) that is stored as (in, out)
 
 
 def is_plain(name, tensor):

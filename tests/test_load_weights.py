@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN, LOGITS
 
+from fast import one_row
 from load_weights import HUGGING_FACE, load_model, load_tokenizer, main
+from policies import teal
 from support.common import LoadError, demo_path, foreign, run_command
 from support.gguf_file import gguf_args
 from support.weight_files import file_kind, read_tensors
@@ -339,6 +341,18 @@ def test_what_is_written_with_out_opens_as_the_same_model_without_a_copy(tmp_pat
     assert old.args.dim == new.args.dim and torch.equal(old(LOGITS["tokens"]), new(LOGITS["tokens"]))
     assert load_tokenizer(tmp_path / "new").encode("Paris") == load_tokenizer(GOLDEN / "hf-gqa").encode("Paris")
     assert "exists already" in cli(str(GOLDEN / "hf-gqa"), "--out", str(tmp_path / "new")).stderr
+
+
+def test_what_is_written_by_columns_is_mapped_by_columns(tmp_path):
+    """The same model under the same names, whose matrices the policies of teal.py need not copy."""
+    assert cli(str(GOLDEN / "hf-gqa"), "--out", str(tmp_path / "new"), "--columns").returncode == 0
+    old, new = load_model(GOLDEN / "hf-gqa"), load_model(tmp_path / "new")
+    assert all(torch.equal(weight, old.state_dict()[name]) for name, weight in new.state_dict().items())
+    assert one_row.is_by_columns(new.layers[1].feed_forward.w2.weight)
+    mapped = new.layers[1].feed_forward.w2.weight.data_ptr()
+    teal.store_by_columns(new)
+    assert new.layers[1].feed_forward.w2.weight.data_ptr() == mapped
+    assert "goes with --out" in cli(str(GOLDEN / "hf-gqa"), "--columns").stderr
 
 
 def test_shards_without_an_index_and_a_tied_head_stored_twice_open(tmp_path):
@@ -795,8 +809,8 @@ def test_opening_takes_little_more_memory_than_what_must_change(tmp_path):
 
     assert peak(meta) < 0.02
     assert peak(hf) < 0.25
-    assert peak(meta, "bfloat16") < 1.1
-    assert peak(hf, "bfloat16") < 1.1
+    assert peak(meta, "bfloat16") < 1.2
+    assert peak(hf, "bfloat16") < 1.2
 
 
 def test_the_demo_model_is_found_without_importing_its_package():

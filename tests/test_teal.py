@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_golden import GOLDEN
+from test_standins import random_fit, write_fit
 from tiny import close, new_cache, random_ids, tiny_model
 
 from fast import accelerate, one_row, plain
@@ -34,7 +35,7 @@ def decode(model, ids, policy, prompt_len=4):
     return torch.cat(logits, dim=1), trace
 
 
-@pytest.mark.parametrize("name", teal.POLICIES)
+@pytest.mark.parametrize("name", ["teal", "teal_all", "cats"])
 def test_as_much_is_left_out_as_was_asked_for(name):
     """Of the text that the thresholds come from, per layer: of what is read past the warm-up, and nothing before."""
     model, ids = accelerate(tiny_model(dim=64, hidden_dim=96)), tokens(columns=64)
@@ -121,3 +122,14 @@ def test_a_file_of_quantiles_is_found_beside_the_checkpoint(tmp_path):
 def test_what_cannot_be_left_out_is_said(name, skip):
     with pytest.raises(ValueError, match=f"--skip {skip}"):
         teal.POLICIES[name](tiny_model(), skip, tokens=tokens())
+
+
+def test_blocks_are_replaced_and_the_rest_read_in_part(tmp_path):
+    """teal_standins: the share asked for, a small part of it whole blocks; in one pass and token by token."""
+    model, ids = accelerate(tiny_model(n_layers=6)), tokens(3, 1, 40)
+    fit = write_fit(tmp_path / "f.safetensors", model, random_fit(model), [[0.05, -9.0], [0.3, -7.0]])
+    policy = teal.teal_standins(model, 0.3, 2, tokens(1, 4, 40), fitted={"standins.safetensors": fit})
+    for trace in decode(model, ids, policy)[1], record(model, ids, policy):
+        past = trace.token_index > 2
+        assert 1 - trace.read[:, past].mean() == pytest.approx(0.3, abs=0.08)
+        assert 0 < (~trace.ran[:, past]).float().mean() < 0.25 and trace.ran[:, ~past].all()
