@@ -15,6 +15,9 @@ and peers follow in each repeat:
   ffnskip   Algorithm 1 with k=1 and no cold layers, at exactly the ratio asked for: cosines are measured and read back
             as ever, but then a plan drawn at random, the same as in `fixed`, says which of them reach the threshold. It
             differs from token to token, and with --batch from row to row
+  teal      of each input of w1, w3 and w2 the share --skip is left out (policies/teal.py); teal_all: of every matrix of
+            the layers. Where these are not by columns, a copy of the model by columns is made. Not among the default
+            variants
   standins  the stand-ins of policies/standins.py with one of --maps maps of rank --rank for what the same plan skips:
             every layer's harm is predicted and read back. The maps count in GB/s and in the bound. Not among the
             default variants
@@ -28,6 +31,7 @@ gflops_saved per token, as in Table 4; and the peak memory of the process (CUDA:
 loaded. Under torchrun bytes and memory are those of the first process, FLOPs of all.
 """
 
+import copy
 import csv
 import io
 import math
@@ -39,6 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -54,17 +59,20 @@ from fast.graphs import add_graphs
 from load_weights import load_model
 from model import KVCache, ModelArgs, Transformer
 from policies.standins import PARTS, StandIns, ready
+from policies.teal import PLACES, Teal, find_quantiles, store_by_columns, thresholds
 from skip import FFNSkip
 from support import common
 from support.cache import rewind
+from support.measuring import as_windows
 from support.tracing import Trace
 
+TEAL = {"teal": ("feed_forward", "w2"), "teal_all": PLACES[:4]}  # the places where inputs are left out
 SIZES = {  # of the published LLaMA-2: ModelArgs(**SIZES["13B"])
     "7B": dict(),
     "13B": dict(dim=5120, n_layers=40, n_heads=40, hidden_dim=13824),
     "70B": dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672),
 }
-VARIANTS = ["dense", "monitor", "fixed", "ffnskip", "standins"]
+VARIANTS = ["dense", "monitor", "fixed", "ffnskip", "standins", *TEAL]
 COLUMNS = """variant ffn_skip_ratio columns prefill_tokens_per_s decode_tokens_per_s spread ms_per_step gb_per_s
 share_of_read speedup speedup_bound share_of_saving of_llama_cpp of_transformers gflops_saved""".split()
 FIELDS = """commit device threads dtype model batch prompt steps repeats read_gb_per_s peak_memory_bytes readback_us
@@ -173,6 +181,17 @@ def make_variants(model, options):
     for name, policy in policies:
         if name in ("dense", *options.variants):
             variants.append(Variant(name, model, policy, options.batch, prompt, columns))
+    if TEAL.keys() & set(options.variants):
+        by_columns = model
+        if not all(one_row.is_by_columns(weight) for weight in model.layers[0].feed_forward.parameters()):
+            by_columns = copy.deepcopy(model)
+            store_by_columns(by_columns)
+        tokens = torch.randint(model.args.vocab_size, (1, 128))
+        quantiles = find_quantiles(by_columns, as_windows(tokens))
+        for name, skip in product(TEAL, options.skip):
+            if name in options.variants and skip > 0:
+                policy = Teal(thresholds(quantiles, dict.fromkeys(TEAL[name], skip)), warm_up_index=-1)
+                variants.append(Variant(name, by_columns, policy, options.batch, prompt, columns))
     return variants
 
 
@@ -191,10 +210,11 @@ def random_model(options, device):
     return accelerate(model), f"{options.shape} with {args.n_layers} layers, random"
 
 
-def bytes_needed(model, cache, columns, ffn_run=1.0):
-    """Bytes that one step reads: weights, the share ffn_run of the feed-forward blocks', and `columns` of the cache."""
+def bytes_needed(model, cache, columns, ffn_read=1.0, attention_read=1.0):
+    """Bytes that one step reads: weights, these shares of the layers' parts, and `columns` of the cache."""
     weights = common.weight_bytes(model)
-    weights["feed_forward"] *= ffn_run
+    weights["feed_forward"] *= ffn_read
+    weights["attention"] *= attention_read
     return sum(weights.values()) + columns * 2 * cache.k[..., 0, :].nbytes
 
 
@@ -252,13 +272,14 @@ def make_row(runner, base, bandwidth, options):
     if len(runner.decode) > 1:
         low, high = runner.decode.mean(1).quantile(torch.tensor([0.25, 0.75])).tolist()
         spread = (high - low) / seconds
-    skipped, ffn_run = 0.0, 1.0
+    skipped, ffn_run, attention_read = 0.0, 1.0, 1.0
     if isinstance(runner, Variant):
-        ran = runner.trace.ran[:, :, prompt:]  # (layer, batch, step)
-        skipped = (~ran).double().mean().item()
-        ffn_run = ran.any(1).double().mean().item()  # the weights of a block are read if any row needs them
+        read = runner.trace.read[:, :, prompt:].double()  # (layer, batch, step)
+        skipped = 1 - read.mean().item()
+        ffn_run = read.amax(1).mean().item()  # the weights of a block are read if any row needs them
+        attention_read = 1 - runner.trace.unread("attention")[:, :, prompt:].amin(1).mean().item()
     attended = prompt + (steps + 1) / 2  # columns, by the mean step
-    needed = bytes_needed(base.model, base.cache, attended, ffn_run)
+    needed = bytes_needed(base.model, base.cache, attended, ffn_run, attention_read)
     if isinstance(runner, Variant) and isinstance(runner.policy, PlannedStandIns):
         needed += runner.policy.bytes_read(ffn_run)
     bound = bytes_needed(base.model, base.cache, attended) / needed

@@ -87,7 +87,7 @@ def test_bytes_are_those_of_the_weights_and_the_cache(tied):
     needed = bench.bytes_needed(model, cache, columns=0)
     embedding = 0 if tied else model.tok_embeddings.weight.nbytes
     assert needed == sum(weight.nbytes for weight in model.parameters()) - embedding
-    half = bench.bytes_needed(model, cache, columns=0, ffn_run=0.5)
+    half = bench.bytes_needed(model, cache, columns=0, ffn_read=0.5)
     assert needed / half == pytest.approx(speedup_bound(model, 0.5))
     assert bench.bytes_needed(model, cache, columns=10) - needed == cache.k.nbytes + cache.v.nbytes
 
@@ -256,3 +256,15 @@ def test_rows_are_compared_with_the_peers_that_ran():
     bench.add_peer_ratios(rows)
     assert [row["of_llama_cpp"] for row in rows] == [0.75, 1.0]
     assert [row["of_transformers"] for row in rows] == [None] * 2
+
+
+@pytest.mark.parametrize("by_columns", [True, False])
+def test_what_teal_leaves_out_counts_as_bytes_not_read(by_columns, tmp_path, monkeypatch):
+    """Whether the model lies by columns or a copy of it must; the bound of teal_all counts attention too."""
+    monkeypatch.setattr(one_row, "SMALL", 2**20 if by_columns else 0)
+    args = ["--ckpt", CKPT, "--variants", "teal,teal_all", "--skip", "0.4", "--tokens", "3", "--prompt", "4"]
+    bench.main([*args, "--repeats", "1", "--out", str(tmp_path / "b.csv")])
+    dense, teal, everything = csv.DictReader(open(tmp_path / "b.csv"))
+    for row in teal, everything:
+        assert float(row["ffn_skip_ratio"]) == pytest.approx(0.4, abs=0.15)
+    assert 1 == float(dense["speedup_bound"]) < float(teal["speedup_bound"]) < float(everything["speedup_bound"])
