@@ -186,7 +186,7 @@ def make_variants(model, options):
         if not all(one_row.is_by_columns(weight) for weight in model.layers[0].feed_forward.parameters()):
             by_columns = copy.deepcopy(model)
             store_by_columns(by_columns)
-        tokens = torch.randint(model.args.vocab_size, (1, 128))
+        tokens = torch.randint(model.args.vocab_size, (1, min(128, model.args.max_seq_len)))
         quantiles = find_quantiles(by_columns, as_windows(tokens))
         for name, skip in product(TEAL, options.skip):
             if name in options.variants and skip > 0:
