@@ -149,7 +149,7 @@ def test_on_a_terminal_it_asks_and_ends_with_ctrl_d():
 
 
 def test_flags_that_do_not_fit_are_one_line(capsys):
-    for flags, message in (["--system", "x", "y"], "--system is for --chat"), (["--chat", "--json"], "need a prompt"):
+    for flags, message in (["--raw", "--system", "x", "y"], "--raw continues"), (["--chat", "--json"], "need a prompt"):
         with pytest.raises(SystemExit):
             parse_args(flags)
         assert message in capsys.readouterr().err
