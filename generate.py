@@ -213,6 +213,7 @@ def start(options, model, tokenizer, name, policy, prompts, cache=None):
 def main(argv=None):
     options = parse_args(argv)
     common.check_outputs(options.trace)
+    policies.check_name(options.policy)
     prompts = read_prompts(options)
     ckpt = common.find_checkpoint(options.ckpt)
     tokenizer, model = load(ckpt, common.find_device(options.device), options.dtype)

@@ -3,6 +3,7 @@ Policies by their names, and what belongs to a checkpoint for them: the skip set
 fit that experiments/fit_standins.py writes.
 """
 
+import difflib
 import functools
 import importlib.util
 import inspect
@@ -13,6 +14,7 @@ import numpy
 
 from model import dense
 from policies import baselines, standins
+from policies.checked import Checked
 from skip import FFNSkip
 from support.common import HERE, LoadError, beside, first_line, made_for, model_name, note, policy_files, read_json
 
@@ -68,7 +70,7 @@ def find_policy(name, model, settings=None, skip=None, warm_up_index=None, token
     policy = make(model, skip, **arguments)
     if policy is None:
         raise ValueError(f"policy {name} returns None: expected a policy(layers, x, step)")
-    return policy
+    return Checked(policy, name) if ":" in name else policy
 
 
 def find_ffnskip(settings, skip, n_layers):
@@ -102,13 +104,23 @@ def shifted(policy, shift):
     return replace(policy, sim_threshold=policy.sim_threshold + shift)
 
 
+def check_name(name):
+    """Raise ValueError if there is no policy of that name, before minutes of loading; None is one for the settings."""
+    if name not in (None, "dense", "ffnskip"):
+        find_factory(name)
+
+
 def find_factory(name):
     """The factory called `name`, as baselines.py describes them. Raises ValueError."""
     file, _, factory = name.rpartition(":")
     if not file:
         if name not in FACTORIES:
-            known = ", ".join(["dense", "ffnskip", *FACTORIES])
-            raise ValueError(f"no policy {name}: choose from {known}, or FILE.py:FACTORY")
+            known = ["dense", "ffnskip", *FACTORIES]
+            near = difflib.get_close_matches(name, known, n=1)
+            if name.endswith(".py"):
+                near = [f"{name}:make"]
+            hint = f"is it {near[0]}? " if near else ""
+            raise ValueError(f"no policy {name}: {hint}choose from {', '.join(known)}, or FILE.py:FACTORY")
         return FACTORIES[name]
     make = getattr(load_module(Path(file)), factory, None)
     if not callable(make):

@@ -67,7 +67,7 @@ def render(template, messages, bos_token=None, eos_token=None, **special):
     try:
         return env.from_string(template).render(names)  # somebody else's program, hence the sandbox
     except Exception as error:
-        raise LoadError(f"the checkpoint's chat template failed (--raw does without it): {first_line(error)}") from error
+        raise LoadError(f"the checkpoint's chat template failed: {first_line(error)}; --raw does without it") from error
 
 
 def llama_2_turns(messages):
