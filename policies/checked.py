@@ -85,7 +85,7 @@ class CheckedLayer:
         start, n_tokens = step.cache.length, step.token_index.size(1)
         runs = active is None or active.any()
         if runs and not step.cache.written[self.layer_id, :, start : start + n_tokens].any():
-            self.checked.tell("attention", f"layer {self.layer_id} runs add_feed_forward and no add_attention before it")
+            self.checked.tell("attention", f"layer {self.layer_id} runs add_feed_forward, and not add_attention")
         if active is not None and not active.all():
             self.checked.skipped = True
             real = torch.arange(start, start + n_tokens) >= step.cache.pad[:, None]  # (batch, seq): no padding

@@ -303,7 +303,7 @@ HOLES = "layer.add_attention(x, step, (step.token_index < 0) | (step.token_index
 
 @pytest.mark.parametrize("old, new, message", [
     ("token_index <=", "token_index >", "line 11: the prompt is skipped in: active must be True where a block runs"),
-    ("layer.add_attention(x, step)", "x", "line 11: layer 0 runs add_feed_forward and no add_attention before it"),
+    ("layer.add_attention(x, step)", "x", "line 11: layer 0 runs add_feed_forward, and not add_attention"),
     ("layer.add_attention(x, step)", HOLES, "line 7: in layer 0 a token reads a cache entry that one before it did"),
     (RESULT, RESULT, None),
 ])  # fmt: skip

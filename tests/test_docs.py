@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_golden import GOLDEN
-from tiny import ours
+from tiny import in_repository
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -135,16 +135,17 @@ def test_the_five_files_are_as_long_as_the_readme_says():
 
 
 def test_every_file_and_folder_at_the_top_is_explained():
-    files = {file.name for file in ours(ROOT.glob("*.py"))}
+    files = {file.name for file in in_repository(ROOT.glob("*.py"))}
     assert files == set(re.findall(r"^\| \[(\w+\.py)\]", README, re.MULTILINE))
-    for folder in ours(ROOT.iterdir()):
+    for folder in in_repository(ROOT.iterdir()):
         if folder.is_dir() and not folder.name.startswith((".", "__")) and folder.name not in OF_A_USER:
             assert f"`{folder.name}/`" in README, f"README.md does not explain {folder.name}/"
 
 
 def test_every_program_in_experiments_is_explained():
     table = "".join(re.findall(r"^\| `.*\|$", read("experiments/README.md"), re.MULTILINE))
-    assert {file.name for file in ours((ROOT / "experiments").glob("*.py"))} == set(re.findall(r"`(\w+\.py)`", table))
+    programs = in_repository((ROOT / "experiments").glob("*.py"))
+    assert {file.name for file in programs} == set(re.findall(r"`(\w+\.py)`", table))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -155,7 +156,7 @@ def test_a_percent_sign_follows_its_number(page):
 def test_the_table_of_settings_is_that_of_config():
     pattern = r"^\| `config/([\w.-]+\.json)` \| (.*) \| (.*) \| (.*) \| (.*) \|$"
     rows = re.findall(pattern, read("docs/checkpoints.md"), re.MULTILINE)
-    assert {name for name, *_ in rows} == {file.name for file in ours((ROOT / "config").glob("*.json"))}
+    assert {name for name, *_ in rows} == {file.name for file in in_repository((ROOT / "config").glob("*.json"))}
     for name, cold, k, skip, measured in rows:
         settings = json.loads(read(f"config/{name}"))
         assert cold == f"[0, {settings['cold_s']}), [{settings['cold_e']}, {settings['n_layers']})"

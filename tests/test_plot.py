@@ -1,6 +1,7 @@
 """experiments/plot.py: what it prints, to the letter, what it draws, and what it says of files that it cannot use."""
 
 import csv
+import json
 import re
 import shutil
 import sys
@@ -260,17 +261,27 @@ def labels(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_perplexity_is_drawn_against_the_ratio_and_against_bytes(monkeypatch, tmp_path):
+def test_perplexity_and_kl_are_drawn_against_the_ratio(monkeypatch, tmp_path):
     write(tmp_path / "llama-3.1.csv", evaluated())
     figure = figure_of(monkeypatch, tmp_path / "llama-3.1.csv")
-    titles = ["perplexity past the warm-up", "KL from dense, nats per token", "perplexity past the warm-up"]
+    titles = ["perplexity past the warm-up", "KL from dense, nats per token"]
     assert [axes.get_ylabel() for axes in figure.axes] == titles and labels(figure) == ["random", "shortgpt", "dense"]
-    assert [axes.get_yscale() for axes in figure.axes] == ["log"] * 3
-    first, last = curves_of(figure.axes[0]), curves_of(figure.axes[-1])
-    assert [x for x, _ in first["shortgpt"]] == [0.1, 0.2] and [x for x, _ in last["shortgpt"]] == [0.05, 0.1]
-    assert first["random"] != last["random"] and len(last["random"]) == 2  # one row for both comparisons
+    assert [axes.get_yscale() for axes in figure.axes] == ["log"] * 2
+    first = curves_of(figure.axes[0])
+    assert [x for x, _ in first["shortgpt"]] == [0.1, 0.2]  # at the same blocks, and not at the same bytes
     assert first["random"][0][1] == pytest.approx(33) and first["dense"][0][1] == 30
     assert "dense" not in curves_of(figure.axes[1])  # its KL from itself is 0, which no logarithmic axis has
+
+
+def test_a_title_names_the_model_and_the_task(monkeypatch, tmp_path):
+    write(tmp_path / "x.csv", evaluated())
+    text = (tmp_path / "x.csv").read_text()
+    for settings, title in [
+        (dict(ckpt=None, task="perplexity", data="a/wiki.raw"), "SmolLM2-135M-Instruct, perplexity, wiki.raw"),
+        (dict(ckpt="b/llama-2-7b", task="warmup", data=None), "llama-2-7b, warmup, text of its own"),
+    ]:
+        (tmp_path / "x.csv").write_text(f"# settings: {json.dumps(settings)}\n{text}")
+        assert figure_of(monkeypatch, tmp_path / "x.csv").get_suptitle() == title
 
 
 def test_intervals_are_drawn_as_bars_and_that_of_dense_as_a_band(monkeypatch, tmp_path):
@@ -304,8 +315,9 @@ def test_warm_up_is_drawn_by_policy_and_ratio(monkeypatch, tmp_path):
     figure = figure_of(monkeypatch, tmp_path / "warmup.csv")
     assert labels(figure) == ["random 0.1", "random 0.2", "shortgpt 0.1", "shortgpt 0.2", "dense"]
     assert [x for x, _ in curves_of(figure.axes[0])["random 0.1"]] == [5, 25]
-    alphas = [line.get_alpha() for line in figure.axes[0].lines if line.get_label().startswith("random")]
-    assert alphas[0] == 1 and alphas[1] < 1  # ratios of one policy have shades of its colour
+    lines = [line for line in figure.axes[0].lines if line.get_label().startswith("random")]
+    assert [line.get_linestyle() for line in lines] == ["-", "--"]  # ratios of one policy have its colour
+    assert lines[0].get_color() == lines[1].get_color() == plot.COLOURS["random"]
 
 
 def test_speed_is_drawn_for_each_model_with_the_bound(monkeypatch, folder):
@@ -315,14 +327,41 @@ def test_speed_is_drawn_for_each_model_with_the_bound(monkeypatch, folder):
         "Some-7B\nbfloat16, 2 threads of CPU\na context of 148 tokens", "other\nbfloat16, GPU\na context of 148 tokens"
     ]  # fmt: skip
     curves = curves_of(figure.axes[0])
+    assert curves["dense"] == [(0, 1), (1, 1)]  # a line from edge to edge
     assert curves["ffnskip"] == [(0, 1), (0.3, 1.2047)] and curves["bound by bytes"] == [(0, 1), (0.3, 1.213)]
+
+
+def test_every_kind_of_run_in_the_shipped_speeds_has_a_panel_at_the_same_scale(monkeypatch, tmp_path):
+    shutil.copy(plot.ROOT / "experiments" / "results" / "bench.csv", tmp_path)
+    kinds = set()
+    for row in csv.DictReader((tmp_path / "bench.csv").open(newline="")):
+        if row["batch"] == "1" and float(row["ffn_skip_ratio"] or 0) > 0:
+            kinds.add(tuple(row[name] for name in ("model", "dtype", "device", "threads", "columns")))
+    axes = figure_of(monkeypatch, tmp_path / "bench.csv").axes
+    assert len(axes) == len(kinds) > 3 and len({one.get_title() for one in axes}) == len(kinds)
+    assert len({one.get_ylim() for one in axes}) == len({one.get_xlim() for one in axes}) == 1
+    below = [bool(one.get_xlabel()) for one in axes]
+    assert below == [False] * (len(axes) - 3) + [True] * 3  # the last of each column, also above an empty place
+
+
+def test_settings_are_drawn_with_the_cosines_that_they_were_chosen_by(monkeypatch, tmp_path, capsys):
+    settings = json.loads((plot.ROOT / "config" / "smollm2-135m-instruct.json").read_text())
+    (tmp_path / "skip.json").write_text(json.dumps(settings))
+    (axes,) = figure_of(monkeypatch, tmp_path / "skip.json").axes
+    cold_s, cold_e = settings["cold_s"], settings["cold_e"]
+    curves = curves_of(axes)
+    assert [y for _, y in curves["mean cosine"]] == settings["curve"]
+    assert curves["sim_threshold"] == list(zip(range(cold_s, cold_e), settings["sim_threshold"][cold_s:cold_e]))
+    assert f"k=1, {settings['achieved_skip']:.1%} of the FFN blocks skipped" in axes.get_title()
+    (tmp_path / "bare.json").write_text(json.dumps(dict(cold_s=1)))
+    assert "bare.json: no curve in it" in mistake(capsys, plot.main, tmp_path / "bare.json")
 
 
 def test_a_trace_is_drawn_with_its_cosines_and_what_was_skipped(monkeypatch, folder):
     axes = figure_of(monkeypatch, folder / "t.csv").axes[0]
     shades, cosines = (image.get_array() for image in axes.images)
     assert shades.shape == (3, 2, 3)  # layers, generated tokens of the first prompt, colours
-    assert (shades[2, 0] == 0).all() and (shades[2, 1] > 0.9).all()
+    assert (shades[2, 0] == 0).all() and (shades[2, 1] > 0.8).all()
     assert cosines[1].tolist() == [0.9876, 0.5] and cosines.mask[0].all() and cosines.mask[2].tolist() == [True, False]
 
 

@@ -25,7 +25,7 @@ from support.tracing import Trace
 ROOT = Path(__file__).parent.parent
 
 
-def ours(paths):
+def in_repository(paths):
     """Those of the paths that git has in this repository: what a user has saved among them is not ours. No git: all."""
     try:
         listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
