@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_golden import GOLDEN
-from tiny import mistake, random_ids, status, tiny_model
+from tiny import mistake, random_ids, start, status, tiny_model
 
+import support
 from generate import choose_policy, generate, main, parse_args
 from model import dense
 from policies import add_skip_arguments, find_policy, find_settings, load_settings
@@ -335,6 +336,29 @@ def test_a_policy_of_a_file_gets_the_layers_themselves_once_it_has_skipped(tmp_p
     policy.policy.__class__ = Watched
     assert list(generate(model, random_ids(5), 8, policy)) == ids
     assert seen == [True] * 5 + [False] * 3  # the prompt, tokens 0 to 3, of which 3 is the first past the warm-up
+
+
+def test_threads_wait_asleep_where_other_programs_run_and_the_user_has_not_chosen(monkeypatch):
+    def chosen(seen, **environ):
+        looks = iter(seen)
+        monkeypatch.setattr(support, "running", lambda: next(looks))
+        support.wait_asleep(environ)
+        return environ
+
+    assert support.running() >= 1
+    assert chosen([2, 5, 2]) == dict(OMP_WAIT_POLICY="PASSIVE")
+    assert chosen([1]) == chosen([2, 2, 1]) == {}  # at one look another one may run by chance
+    assert chosen([9] * 3, GOMP_SPINCOUNT="1000") == dict(GOMP_SPINCOUNT="1000")
+    assert chosen([9] * 3, OMP_WAIT_POLICY="ACTIVE") == dict(OMP_WAIT_POLICY="ACTIVE")
+
+
+def test_a_python_without_pytorch_is_told_what_to_do(tmp_path):
+    (tmp_path / "torch").mkdir()
+    missing = "raise ModuleNotFoundError('No module named torch', name='torch')"
+    (tmp_path / "torch" / "__init__.py").write_text(missing)
+    process = start("generate.py", stderr=-1, text=True, env=dict(PYTHONPATH=str(tmp_path)))
+    said = process.communicate()[1]
+    assert process.returncode == 1 and said.startswith("error: PyTorch is not installed") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
