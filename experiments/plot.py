@@ -14,6 +14,7 @@ Draw what was measured, into the folder out/, or print it:
 
 import json
 import re
+import shutil
 import sys
 from operator import itemgetter
 from pathlib import Path
@@ -275,15 +276,16 @@ def walk(rows, token_index):
         print(f"{layer.removeprefix('layer_'):>5}  {text}")
 
 
-def print_heading(cells):
-    print("| " + " | ".join(cells) + " |")
-    print("|" + " --- |" * len(cells))
+def heading(cells):
+    """The two lines of Markdown that begin a table."""
+    return ["| " + " | ".join(cells) + " |", "|" + " --- |" * len(cells)]
 
 
 def table(rows, column, by_bytes):
     """
     Print policies by wanted ratios as Markdown; each cell has the column's value, its interval and the share of FFN
-    blocks skipped, or by_bytes of bytes not read, for which policies of whole layers have rows of their own.
+    blocks skipped, or by_bytes of bytes not read, for which policies of whole layers have rows of their own. On a
+    terminal that is too narrow for it, print `narrow`.
     """
     ratio, layers = "bytes_saved" if by_bytes else "ffn_skip_ratio", set()
     missing = {"policy", "skip", "match", ratio} - rows[0].keys()
@@ -292,7 +294,7 @@ def table(rows, column, by_bytes):
     if by_bytes:
         layers = skip_layers(rows)
     skips = sorted(grouped(rows, "skip").keys() - {""})
-    print_heading(["policy", *[f"{skip:.0%}" for skip in skips]])
+    text = heading(["policy", *[f"{skip:.0%}" for skip in skips]])
     for policy, own in grouped(rows, "policy").items():
         lines = grouped([row for row in own if (row["match"] == "bytes") == (policy in layers)], "skip")
         cells, nothing, asked = [], "-", skips
@@ -301,17 +303,34 @@ def table(rows, column, by_bytes):
         for skip in asked:
             found = [cell(row, column, ratio) for row in lines.get(skip, [])]
             cells.append("; ".join(found) or nothing)
-        print(f"| {policy} | " + " | ".join(cells) + " |")
+        text.append(f"| {policy} | " + " | ".join(cells) + " |")
+    if sys.stdout.isatty() and max(map(len, text)) > shutil.get_terminal_size().columns:
+        text = narrow(rows, column, ratio)
+    print(*text, sep="\n")
+
+
+def narrow(rows, column, ratio):
+    """Lines of a table for people with a row for each policy and ratio: what was asked for, and what else matters."""
+    names = [column] + [name for name in ("kl", "top1_agreement") if name in rows[0] and name != column]
+    lines = [["policy", ratio, *names]]
+    for row in rows:
+        policy = row["policy"] + " (equal bytes)" * (row["match"] == "bytes")
+        lines.append([policy, *[short(row[name]) for name in (ratio, *names)]])
+    return common.table(lines)
+
+
+def short(value):
+    """A number to three digits; where there is none, a dash."""
+    if not isinstance(value, float):
+        return "-"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def cell(row, column, ratio):
     """A row's value, interval, ratio and, where known, number of items, as text."""
     if "" in (row[column], row[ratio]):
         return "-"
-    texts = []
-    for number in row[column], *interval(row, column):
-        texts.append(f"{number:.3g}" if abs(number) < 1000 else f"{number:.0f}")
-    value, low, high = texts
+    value, low, high = map(short, (row[column], *interval(row, column)))
     ends = f" [{low}, {high}]" if low != high else ""
     count = f" (n {row[f'{column}_n']})" if f"{column}_n" in row else ""
     return f"{value}{ends} at {row[ratio]:.1%}{count}"
@@ -324,7 +343,7 @@ def print_speed(rows):
         caption = "{model}: {dtype}, {machine}, a context of {columns:g} tokens".format(**row, machine=machine(row))
         if caption != before or row["variant"] == "dense":  # which comes first in every run
             print(f"{caption}:\n" if before is None else f"\n{caption}:\n")
-            print_heading(["variant", "skipped", "tokens/s", "speed-up", "bound by bytes", "of the saving"])
+            print(*heading(["variant", "skipped", "tokens/s", "speed-up", "bound by bytes", "of the saving"]), sep="\n")
         before = caption
         saving = f"{row['share_of_saving']:.0%}" if row["share_of_saving"] not in ("", None) else ""
         line = "| {variant} | {ffn_skip_ratio:.0%} | {decode_tokens_per_s:.1f} | {speedup:.2f} | {speedup_bound:.2f} |"

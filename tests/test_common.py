@@ -124,10 +124,17 @@ def test_a_policy_is_found_by_name_or_in_a_file(tmp_path):
         find_policy("ffnskip", model, dict(cold_s=1, cold_e=9, sim_threshold=0.9))
 
 
+@pytest.mark.parametrize("name, near", [("printd", "printed"), ("shortgtp", "shortgpt"), ("mine.py", "mine.py:make")])
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(name, near):
+    with pytest.raises(ValueError, match=f"no policy {name}: is it {near}[?] choose from"):
+        find_policy(name, tiny_model(), skip=0.2)
+
+
 @pytest.mark.parametrize("name", ["nosuch", "factory", "uniform", "run_active", "EarlyExit"])
-def test_what_is_no_policy_is_answered_with_the_names_of_those_that_are(name, capsys):
+def test_what_is_no_policy_is_answered_with_the_names_of_those_that_are(name, monkeypatch, capsys):
     """Also where something in baselines.py is called so."""
     error = mistake(capsys, main, "--ckpt", CKPT, "--policy", name, "--skip", "0.25", "x")
+    monkeypatch.setattr("generate.load", None)  # it is told before anything is loaded
     near = "is it earlyexit? " if name == "EarlyExit" else ""
     assert error.startswith(f"error: no policy {name}: {near}choose from dense, ffnskip, ")
     assert all(f" {known}," in error for known in POLICIES) and error.endswith("FILE.py:FACTORY")

@@ -89,6 +89,21 @@ def test_a_column_is_a_table_of_policies_by_wanted_ratios(folder, capsys):
     ]
 
 
+def test_a_terminal_that_is_too_narrow_gets_a_row_for_each_ratio(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    wide = printed(capsys, folder / "x.csv", "kl")
+    assert wide[0] == "| policy | 5% | 15% |"  # which fits
+    monkeypatch.setenv("COLUMNS", "40")
+    assert printed(capsys, folder / "x.csv", "kl")[:3] == [
+        "policy                  ffn_skip_ratio    kl",
+        "dense                                0     0",
+        "random                           0.051  1.23",
+    ]
+    lines = printed(capsys, plot.ROOT / "experiments" / "results" / "perplexity.csv", "perplexity_past_warm_up")
+    assert lines[0].split() == ["policy", "ffn_skip_ratio", "perplexity_past_warm_up", "kl", "top1_agreement"]
+    assert max(map(len, lines)) <= 100 and any(line.startswith("shortgpt (equal bytes) ") for line in lines)
+
+
 def test_intervals_are_printed_where_a_row_has_one_and_seeds_are_one_row(tmp_path, capsys):
     """Of several seeds the mean is printed, and the lowest and the highest end of their intervals."""
     dense = dict(policy="dense", skip="", match="ffn", warm_up_index=25, seed="", ffn_skip_ratio=0, kl=0, kl_low="")
