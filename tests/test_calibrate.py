@@ -440,7 +440,8 @@ WRONG = [  # OUR/: the folder of the test; --out OUR/out.json unless it is given
 
 def test_a_text_that_is_missing_is_told_before_the_model_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr(calibrate, "load", None)  # a call would be another error
-    assert "nosuch.txt: No such file" in mistake(capsys, calibrate.main, "--ckpt", GOLDEN / "hf-gqa", "--text", "nosuch.txt")
+    args = ["--ckpt", GOLDEN / "hf-gqa", "--text", "nosuch.txt"]
+    assert "nosuch.txt: No such file" in mistake(capsys, calibrate.main, *args)
 
 
 @pytest.mark.parametrize("args, message", WRONG)
