@@ -362,7 +362,10 @@ def show(path, what, by_bytes):
     if "layer_0" in rows[0]:
         walk(rows, what)
     elif "variant" in rows[0]:
-        print_speed([row for row in rows if what.lower() in row["model"].lower() and row["batch"] == 1])
+        named = [row for row in rows if what.lower() in row["model"].lower() and row["batch"] == 1]
+        if not named:
+            raise ValueError(f"{path}: no model {what} in it: choose from {', '.join(grouped(rows, 'model'))}")
+        print_speed(named)
     elif any(isinstance(row.get(what), float) for row in rows):
         table(rows, what, by_bytes)
     else:

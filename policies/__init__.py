@@ -7,6 +7,7 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -86,7 +87,8 @@ def find_ffnskip(settings, skip, n_layers):
         return policy
     command = f"python calibrate.py --ckpt ... --skip {skip}"
     if not ratios:
-        raise ValueError(f"--skip {skip}: these settings do not tell thresholds from ratios; {command} finds out")
+        raise ValueError(f"--skip {skip}: these settings do not tell thresholds from ratios (a flag beside them "
+                         f"makes others of them); {command} finds out")
     try:
         pairs = sorted((float(ratio), float(shift)) for shift, ratio in ratios)
     except (TypeError, ValueError):
@@ -160,6 +162,8 @@ def find_settings(options, ckpt, n_layers):
             settings.pop("ratios", None)  # which were measured without that flag
     if options.k == 0:
         settings["k"] = None
+    if 1 < (options.sim_threshold or 0) < math.inf:
+        note(f"[--sim-threshold {options.sim_threshold}: no cosine is above 1, so nothing is skipped]")
     return settings
 
 

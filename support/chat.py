@@ -14,7 +14,7 @@ from support.cache import fork, rewind
 from support.common import first_difference
 from support.show import messages, note, screen, summary, tell_empty, write
 
-COMMANDS = "/reset begins anew, Ctrl-C stops an answer, Ctrl-D ends"
+COMMANDS = "/reset begins anew, Ctrl-C stops an answer, /exit or Ctrl-D ends"
 
 
 class Conversation:
@@ -96,8 +96,11 @@ def converse(model, tokenizer, options, title, start):
             note("[not UTF-8 text]")
             continue
         command = line.strip()
+        if command == "/exit":
+            return 0
         if command == "/reset":
             conversation.reset()
+            note("[begun anew]")
         elif command.startswith("/"):
             note(f"[no command {command.split()[0]}: {COMMANDS}]")
         elif command:

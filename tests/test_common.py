@@ -40,6 +40,13 @@ def options(*flags):
     return parser.parse_args(list(map(str, flags)))
 
 
+def test_a_threshold_that_no_cosine_reaches_is_told_and_an_infinite_one_is_meant(tmp_path, capsys):
+    for value, told in (95, True), (1, False), ("inf", False):
+        note.cache_clear()
+        find_settings(options("--sim-threshold", value), tmp_path, 4)
+        assert ("no cosine is above 1" in capsys.readouterr().err) == told
+
+
 def test_settings_come_from_the_folder_of_the_checkpoint_and_flags_override_them(tmp_path):
     folder = tmp_path / "tiny"
     folder.mkdir()

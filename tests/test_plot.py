@@ -198,6 +198,7 @@ def test_speeds_are_a_table_of_the_models_of_that_name(folder, capsys):
 
 @pytest.mark.parametrize("argv, message", [
     (["x.csv", "nosuch"], "x.csv: no column of numbers nosuch: choose from policy, skip"),
+    (["b.csv", "llama"], "b.csv: no model llama in it: choose from Some-7B"),
     (["x.csv", "policy"], "x.csv: no column of numbers policy"),
     (["other.csv"], "other.csv: nothing to draw: pictures are made of generate.py's traces"),
     (["empty.csv", "kl"], "empty.csv: no row in it"),
