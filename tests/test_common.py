@@ -313,6 +313,7 @@ def test_what_a_policy_may_not_hand_over_is_an_error_with_its_line(old, new, mes
     assert error.startswith(f"error: {tmp_path}/mine.py, {message}")
 
 
+PADDING = "active &= torch.arange(active.size(1)) >= step.cache.pad[:, None]"  # is skipped too
 HOLES = "layer.add_attention(x, step, (step.token_index < 0) | (step.token_index % 3 > 0))"
 
 
@@ -321,6 +322,7 @@ HOLES = "layer.add_attention(x, step, (step.token_index < 0) | (step.token_index
     ("layer.add_attention(x, step)", "x", "line 11: layer 0 runs add_feed_forward, and not add_attention"),
     ("layer.add_attention(x, step)", HOLES, "line 7: in layer 0 a token reads a cache entry that one before it did"),
     (RESULT, RESULT, None),
+    ("self.warm_up_index\n        for", f"self.warm_up_index\n        {PADDING}\n        for", None),
 ])  # fmt: skip
 def test_what_may_be_a_mistake_of_a_policy_is_told_once_with_its_line(old, new, message, tmp_path, capsys):
     """And a policy like any other is not: neither its prompt nor its padding is skipped in, and its cache is whole."""
