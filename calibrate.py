@@ -244,6 +244,7 @@ def main(argv=None):
         out = Path(options.out) if options.out else policies.default_out(options.ckpt, policies.settings_path(ckpt))
     name = common.model_name(ckpt) if ckpt else Path(options.out or options.cosines).stem
     common.check_outputs(out, options.save_cosines)
+    read_text(options.text or [])  # what is wrong with it is told before minutes of loading
     if options.cosines:
         model = None
         cosines, corpus = read_cosines(options.cosines), Path(options.cosines).name

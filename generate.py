@@ -3,8 +3,10 @@ Generate text with a LLaMA checkpoint, dense or with feed-forward skipping (FFN-
 
     python generate.py                                             the demo model answers a question
     python generate.py --ckpt llama-2-7b "The meaning of life is"  a folder, or a name under checkpoints/
-    python generate.py --chat --compare "Why is the sky blue?"     the same prompt dense and skipped, side by side
+    python generate.py --compare "Why is the sky blue?"            the same prompt dense and skipped, side by side
     python generate.py --chat                                      a conversation
+
+Where the checkpoint has a chat template a prompt is a message, which is answered; elsewhere it is continued.
 """
 
 import support  # noqa: I001, F401 (before PyTorch: Ctrl-C)
@@ -115,10 +117,12 @@ def generate_batch(
 def parse_args(argv):
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("prompt", nargs="*", help='what to continue; several run as one batch; "-" reads one from standard input')
-    add("--chat", action="store_true", help="each prompt is a user's message, put into the checkpoint's chat template; "
-        "without a prompt it is a conversation, of standard input")
-    add("--system", metavar="TEXT", help="with --chat: what the model is told before the first message")
+    add("prompt", nargs="*", help='message or text; several run as one batch; "-" reads one from standard input')
+    form = parser.add_mutually_exclusive_group().add_argument
+    form("--chat", action="store_true", help="each prompt is a message, with or without a chat template; without a "
+         "prompt it is a conversation, of standard input")
+    form("--raw", action="store_true", help="each prompt is a text to continue as it stands")
+    add("--system", metavar="TEXT", help="what the model is told before the first message")
     add("--max-new-tokens", type=common.positive, default=256, metavar="N", help="stop after N tokens (default 256)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the likeliest token")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens, which add up to P")
@@ -143,8 +147,8 @@ def parse_args(argv):
         parser.error('"-" reads standard input, which can be read once')
     if options.skip is not None and not 0 <= options.skip < 1:
         parser.error(f"--skip {options.skip} is not a share of at least 0 and below 1")
-    if options.system is not None and not options.chat:
-        parser.error("--system is for --chat")
+    if options.system is not None and options.raw:
+        parser.error("--system is for messages, and --raw continues a text")
     if options.chat and not options.prompt and (options.json or options.compare or options.trace):
         parser.error("--json, --compare and --trace need a prompt: --chat without one is a conversation")
     return options
@@ -209,6 +213,7 @@ def start(options, model, tokenizer, name, policy, prompts, cache=None):
 def main(argv=None):
     options = parse_args(argv)
     common.check_outputs(options.trace)
+    policies.check_name(options.policy)
     prompts = read_prompts(options)
     ckpt = common.find_checkpoint(options.ckpt)
     tokenizer, model = load(ckpt, common.find_device(options.device), options.dtype)
@@ -217,7 +222,7 @@ def main(argv=None):
     if options.chat and not prompts:
         title = f"{common.model_name(ckpt)}, {name}"
         return converse(model, tokenizer, options, title, functools.partial(begin, name, policy))
-    chat = options.chat or (not prompts and options.ckpt is None)
+    chat = options.chat or options.system is not None or (bool(tokenizer.template) and not options.raw)
     prompts = prompts or [QUESTION]
     if chat:
         ids = [tokenizer.chat(show.messages(options.system, prompt)) for prompt in prompts]
@@ -233,7 +238,7 @@ def main(argv=None):
     else:
         finished = show.write(generations, show.screen(generations), steps)
     if parallel.rank == 0:  # the first process tells what they have done together
-        show.tell(generations, prompts, options, dict(ckpt=str(ckpt), skip=settings))
+        show.tell(generations, prompts, options, dict(ckpt=str(ckpt), chat=chat, skip=settings))
     return 0 if finished else 130
 
 

@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 
 from support.common import read_utf8
-from support.measuring import numbered_jsonl, read_jsonl, read_text
+from support.measuring import numbered_jsonl, read_jsonl, read_parquet, read_text
 
 LENGTHS = dict(small=470, medium=790, large=math.inf)  # the paper's three kinds of a story: its most words
 SUMMARIZE = ("Summarize the given story in less than 150 words while preserving high coherence, consistency, fluency, "
@@ -72,11 +72,13 @@ def question_json(path):
 
 def load_stories(path, options=None):
     """
-    Records with the keys of MT-Bench's questions, one per story of a CSV or JSONL file whose column is called article
+    Records with the keys of MT-Bench's questions, one per story of a CSV, JSONL or Parquet file whose column is article
     or text (CNN/DailyMail). With options.per_class so many of each length, the first in the file.
     """
     if Path(path).suffix == ".jsonl":
         rows = numbered_jsonl(path, "article", "text")
+    elif Path(path).suffix == ".parquet":
+        rows = read_parquet(path, "article", "text")
     else:
         csv.field_size_limit(2**30)
         with open(path, newline="", encoding="utf-8-sig") as file:

@@ -3,9 +3,11 @@ Policies by their names, and what belongs to a checkpoint for them: the skip set
 fit that experiments/fit_standins.py writes.
 """
 
+import difflib
 import functools
 import importlib.util
 import inspect
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy
 
 from model import dense
 from policies import baselines, ledger, standins, teal
+from policies.checked import Checked
 from skip import FFNSkip
 from support.common import HERE, LoadError, beside, first_line, made_for, model_name, note, policy_files, read_json
 
@@ -71,7 +74,7 @@ def find_policy(name, model, settings=None, skip=None, warm_up_index=None, token
     policy = make(model, skip, **arguments)
     if policy is None:
         raise ValueError(f"policy {name} returns None: expected a policy(layers, x, step)")
-    return policy
+    return Checked(policy, name) if ":" in name else policy
 
 
 def find_ffnskip(settings, skip, n_layers):
@@ -87,7 +90,8 @@ def find_ffnskip(settings, skip, n_layers):
         return policy
     command = f"python calibrate.py --ckpt ... --skip {skip}"
     if not ratios:
-        raise ValueError(f"--skip {skip}: these settings do not tell thresholds from ratios; {command} finds out")
+        raise ValueError(f"--skip {skip}: these settings do not tell thresholds from ratios (a flag beside them "
+                         f"makes others of them); {command} finds out")
     try:
         pairs = sorted((float(ratio), float(shift)) for shift, ratio in ratios)
     except (TypeError, ValueError):
@@ -105,13 +109,23 @@ def shifted(policy, shift):
     return replace(policy, sim_threshold=policy.sim_threshold + shift)
 
 
+def check_name(name):
+    """Raise ValueError if there is no policy of that name, before minutes of loading; None is one for the settings."""
+    if name not in (None, "dense", "ffnskip"):
+        find_factory(name)
+
+
 def find_factory(name):
     """The factory called `name`, as baselines.py describes them. Raises ValueError."""
     file, _, factory = name.rpartition(":")
     if not file:
         if name not in FACTORIES:
-            known = ", ".join(["dense", "ffnskip", *FACTORIES])
-            raise ValueError(f"no policy {name}: choose from {known}, or FILE.py:FACTORY")
+            known = ["dense", "ffnskip", *FACTORIES]
+            near = difflib.get_close_matches(name, known, n=1)
+            if name.endswith(".py"):
+                near = [f"{name}:make"]
+            hint = f"is it {near[0]}? " if near else ""
+            raise ValueError(f"no policy {name}: {hint}choose from {', '.join(known)}, or FILE.py:FACTORY")
         return FACTORIES[name]
     make = getattr(load_module(Path(file)), factory, None)
     if not callable(make):
@@ -159,6 +173,8 @@ def find_settings(options, ckpt, n_layers):
             settings.pop("ratios", None)  # which were measured without that flag
     if options.k == 0:
         settings["k"] = None
+    if 1 < (options.sim_threshold or 0) < math.inf:
+        note(f"[--sim-threshold {options.sim_threshold}: no cosine is above 1, so nothing is skipped]")
     return settings
 
 

@@ -12,9 +12,9 @@ from fast.processes import from_first
 from model import KVCache
 from support.cache import fork, rewind
 from support.common import first_difference
-from support.show import messages, note, screen, summary, write
+from support.show import messages, note, screen, summary, tell_empty, write
 
-COMMANDS = "/reset begins anew, Ctrl-C stops an answer, Ctrl-D ends"
+COMMANDS = "/reset begins anew, Ctrl-C stops an answer, /exit or Ctrl-D ends"
 
 
 class Conversation:
@@ -48,9 +48,10 @@ class Conversation:
             length, self.cache.length = self.cache.length, self.cache.max_seq_len
             rewind(self.cache, length)
         self.held = (ids + generation.ids[0])[: self.cache.length]
-        if generation.text():  # else it was interrupted before it began, and the message is as if not said
+        if generation.text():  # else it ended before it began, and the message is as if not said
             self.messages += [user, dict(role="assistant", content=generation.text())]
         note(summary(generation.report()))
+        tell_empty(generation)
         if len(ids) + len(generation.ids[0]) > limit:
             note(full)
 
@@ -95,8 +96,11 @@ def converse(model, tokenizer, options, title, start):
             note("[not UTF-8 text]")
             continue
         command = line.strip()
+        if command == "/exit":
+            return 0
         if command == "/reset":
             conversation.reset()
+            note("[begun anew]")
         elif command.startswith("/"):
             note(f"[no command {command.split()[0]}: {COMMANDS}]")
         elif command:

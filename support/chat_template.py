@@ -54,7 +54,7 @@ def render(template, messages, bos_token=None, eos_token=None, **special):
     if isinstance(template, dict):
         if "default" not in template:
             raise LoadError(f"this checkpoint's chat templates are named {', '.join(template)}, and none default: copy "
-                            "the one to use to chat_template.jinja beside its tokenizer, or omit --chat")
+                            "the one to use to chat_template.jinja beside its tokenizer, or use --raw")
         template = template["default"]
     names = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
     for name, text in dict(special, bos_token=bos_token, eos_token=eos_token).items():
@@ -67,7 +67,7 @@ def render(template, messages, bos_token=None, eos_token=None, **special):
     try:
         return env.from_string(template).render(names)  # somebody else's program, hence the sandbox
     except Exception as error:
-        raise LoadError(f"the checkpoint's chat template failed: {first_line(error)}") from error
+        raise LoadError(f"the checkpoint's chat template failed: {first_line(error)}; --raw does without it") from error
 
 
 def llama_2_turns(messages):

@@ -228,7 +228,7 @@ def add_model_arguments(parser):
         "default: the demo model SmolLM2-135M-Instruct")
     add("--device", help="cpu, cuda, cuda:1, mps; default: cuda or mps where there is one")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's; bfloat16 for GGUF")
-    add("--seed", type=seed, default=0, help="of all random choices (default 0)")
+    add("--seed", type=seed, default=0, help="of all random choices, which repeat with it (default 0)")
 
 
 def find_device(name):

@@ -13,7 +13,7 @@ import torch
 
 from model import KVCache, dense
 from skip import FULL, FFNSkip
-from support.common import check_finite, check_ids, progress, read_utf8, table
+from support.common import check_finite, check_ids, first_line, import_optional, progress, read_utf8, table
 from support.tracing import Trace
 
 
@@ -47,12 +47,26 @@ def numbered_jsonl(path, *keys):
     return records
 
 
+def read_parquet(path, *keys):
+    """What numbered_jsonl gives, of a Parquet file, as the Hugging Face hub keeps data sets; needs pyarrow."""
+    parquet = import_optional("pyarrow.parquet", f"{path}: a Parquet file", "pip install pyarrow")
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a Parquet file: {first_line(error)}") from None
+    records = [(number, row) for number, row in enumerate(rows, start=1) if any(row.get(key) for key in keys)]
+    if not records:
+        raise ValueError(f"{path}:1: no row in it with {' or '.join(map(repr, keys))}")
+    return records
+
+
 def read_text(files):
-    """The text of the files, one after the other: JSON lines with a key "text", or plain (as WikiText is)."""
+    """The text of the files, one after the other: records with a key "text", or plain (as WikiText is)."""
     texts = []
     for file in map(Path, files):
-        if file.suffix in (".jsonl", ".json"):
-            for number, record in numbered_jsonl(file, "text"):
+        if file.suffix in (".jsonl", ".json", ".parquet"):
+            read = read_parquet if file.suffix == ".parquet" else numbered_jsonl
+            for number, record in read(file, "text"):
                 if not isinstance(record["text"], str):
                     raise ValueError(f"{file}:{number}: expected a text as the value of 'text'")
                 texts.append(record["text"])

@@ -18,6 +18,7 @@ from support.tracing import skip_ratio
 
 REDRAWS = 10  # per second, at most
 PATIENCE = 1  # seconds of the prompt's pass without a bar
+EMPTY = "try other words, or --temperature 0.7"  # where a text ended before it began
 
 
 def note(line):
@@ -337,10 +338,19 @@ def tell(generations, prompts, options, settings):
         note(f"[trace written to {options.trace}]")
     if options.compare and len(prompts) == 1 and not options.json:
         show_blocks(generations[-1])
-    for report in reports:
+    for generation, report in zip(generations, reports):
         note(summary(report))
+        tell_empty(generation, "without --raw a prompt is a message" if options.raw else EMPTY)
     if extra:
         note(comparison_summary(extra))
+
+
+def tell_empty(generation, advice=EMPTY):
+    """Say of which prompts the text ended before it began, which looks as if nothing had been done."""
+    for row, ids in enumerate(generation.ids):
+        if ids and ids[-1] in generation.tokenizer.eos_ids and not generation.text(row).strip():
+            prompt = f" for prompt {row + 1}" if len(generation.ids) > 1 else ""
+            note(f"[no text{prompt}: the model ended it at token {len(ids)}: {advice}]")
 
 
 def print_texts(generations, prompts):

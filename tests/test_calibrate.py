@@ -464,6 +464,12 @@ WRONG = [  # OUR/: the folder of the test; --out OUR/out.json unless it is given
 ]
 
 
+def test_a_text_that_is_missing_is_told_before_the_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "load", None)  # a call would be another error
+    args = ["--ckpt", GOLDEN / "hf-gqa", "--text", "nosuch.txt"]
+    assert "nosuch.txt: No such file" in mistake(capsys, calibrate.main, *args)
+
+
 @pytest.mark.parametrize("args, message", WRONG)
 def test_a_mistake_is_one_line_and_writes_nothing(args, message, tmp_path, capsys):
     shutil.copy(GOLDEN / "text.txt", tmp_path)

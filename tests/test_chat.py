@@ -71,6 +71,11 @@ def test_only_what_is_new_is_forwarded_and_the_cache_grows_with_the_conversation
     assert [size for _, size in made] == [1024, 1024, 1024, 2 * (made[3][0] + 6)]
 
 
+def test_exit_ends_the_conversation(talk):
+    said = talk(["hello", "/exit", "hello"]).err
+    assert said.count("[dense: 6 tokens") == 1
+
+
 def test_a_reset_forgets_all_but_the_system_text(talk, model):
     system = [dict(role="system", content="Be brief.")]
     said = talk(["hello", "/reset", "hello"], "--system", "Be brief.")
@@ -89,7 +94,8 @@ def test_a_full_context_is_one_line_that_names_reset(talk):
     full = "[the conversation fills the model's context of 24 tokens: /reset begins another]"
     said = talk(["hello you", "more", "/reset", "hi"], model=small)  # "[user] hello you\n" has 17 tokens
     lines = said.err.splitlines()[1:]
-    assert [line[:16] for line in lines] == ["[dense: 6 tokens", full[:16], "[dense: 6 tokens"] and lines[1] == full
+    starts = ["[dense: 6 tokens", full[:16], "[begun anew]", "[dense: 6 tokens"]
+    assert [line[:16] for line in lines] == starts and lines[1] == full
     said = talk(["hello you all"], model=small)  # 21, and there is room for three more and the one after
     assert "[dense: 4 tokens" in said.err and said.err.splitlines()[-1] == full
 
@@ -149,7 +155,7 @@ def test_on_a_terminal_it_asks_and_ends_with_ctrl_d():
 
 
 def test_flags_that_do_not_fit_are_one_line(capsys):
-    for flags, message in (["--system", "x", "y"], "--system is for --chat"), (["--chat", "--json"], "need a prompt"):
+    for flags, message in (["--raw", "--system", "x", "y"], "--raw continues"), (["--chat", "--json"], "need a prompt"):
         with pytest.raises(SystemExit):
             parse_args(flags)
         assert message in capsys.readouterr().err

@@ -95,6 +95,39 @@ def test_an_empty_prompt_is_the_start_of_a_text_where_the_tokenizer_has_a_token_
     assert report("--max-new-tokens", "3", "\n")["prompt_tokens"] > 1  # blanks are a prompt as any other
 
 
+def test_a_prompt_is_a_message_where_there_is_a_chat_template(tmp_path, report):
+    """And a text to continue where there is none, or where --raw says so."""
+    folder = tmp_path / "hf-gqa"
+    shutil.copytree(CKPT, folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }} says {{ m.content }}{% endfor %}")
+    encode = load_tokenizer(CKPT).encode
+
+    def prompt_tokens(*args, ckpt=folder):
+        out = report("--max-new-tokens", "1", *args, "Once upon", ckpt=str(ckpt))
+        return out["settings"]["chat"], out["prompt_tokens"]
+
+    message, text = len(encode("user says Once upon", bos=False)), len(encode("Once upon"))
+    assert prompt_tokens() == prompt_tokens("--chat") == (True, message)
+    assert prompt_tokens("--raw") == prompt_tokens("--raw", ckpt=CKPT) == prompt_tokens(ckpt=CKPT) == (False, text)
+    system = len(encode("system says Be briefuser says Once upon", bos=False))
+    assert prompt_tokens("--system", "Be brief") == (True, system)
+    assert prompt_tokens("--chat", ckpt=CKPT) == (True, len(encode("[INST] Once upon [/INST]")))
+
+
+def test_a_text_that_ends_before_it_begins_is_told(monkeypatch, run):
+    """Of each prompt whose text is empty, with what to try; any other text speaks for itself."""
+    eos = min(load_tokenizer(CKPT).eos_ids)
+    monkeypatch.setattr("generate.sample", lambda logits, *_: torch.full((len(logits),), eos))
+    told = "the model ended it at token 1: "
+    assert f"[no text: {told}try other words, or --temperature" in run("x").err
+    said = run("--raw", "x", "y").err
+    assert f"[no text for prompt 2: {told}without --raw a prompt is a message]" in said
+    assert f"[no text: {told}" in run("--chat", stdin="hello\n").err
+    drawn = iter([load_tokenizer(CKPT).encode("Tom")[-1], eos])
+    monkeypatch.setattr("generate.sample", lambda logits, *_: torch.tensor([next(drawn)]))
+    assert "[no text" not in run("x").err
+
+
 def test_sampling_repeats_with_its_seed_and_greedy_ignores_it(report):
     def draw(*args):
         return report("--max-new-tokens", "12", *args, "Layers")["token_ids"]

@@ -8,15 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_golden import GOLDEN
-from tiny import mistake, random_ids, status, tiny_model
+from tiny import mistake, random_ids, start, status, tiny_model
 
-from generate import choose_policy, main, parse_args
+import support
+from generate import choose_policy, generate, main, parse_args
 from model import dense
 from policies import add_skip_arguments, find_policy, find_settings, load_settings
 from policies.baselines import POLICIES
+from policies.checked import CheckedLayer
 from skip import FFNSkip
 from support import common
-from support.common import first_difference, model_name
+from support.common import first_difference, model_name, note
 
 CKPT = str(GOLDEN / "hf-gqa")
 SETTINGS = dict(model="tiny", n_layers=4, cold_s=1, cold_e=3, sim_threshold=0.9, k=2, curve=[1, 2], note="...")
@@ -36,6 +38,13 @@ def options(*flags):
     parser = common.Parser("")
     add_skip_arguments(parser)
     return parser.parse_args(list(map(str, flags)))
+
+
+def test_a_threshold_that_no_cosine_reaches_is_told_and_an_infinite_one_is_meant(tmp_path, capsys):
+    for value, told in (95, True), (1, False), ("inf", False):
+        note.cache_clear()
+        find_settings(options("--sim-threshold", value), tmp_path, 4)
+        assert ("no cosine is above 1" in capsys.readouterr().err) == told
 
 
 def test_settings_come_from_the_folder_of_the_checkpoint_and_flags_override_them(tmp_path):
@@ -106,7 +115,7 @@ def test_a_policy_is_found_by_name_or_in_a_file(tmp_path):
     assert find_policy("ffnskip", model, dict(cold_s=1, cold_e=3, sim_threshold=0.9)) == FFNSkip(1, 3, 0.9)
     assert type(find_policy("random", model, skip=0.25)) is POLICIES["random"]  # one class, however it is found
     found = find_policy(f"{file}:make", model, skip=0.25, seed=7)
-    assert vars(found) == dict(skip=0.25, warm_up_index=None, tokens=None, seed=7)
+    assert vars(found.policy) == dict(skip=0.25, warm_up_index=None, tokens=None, seed=7)
     for name, message in [
         ("nosuch", "no policy nosuch"),
         (f"{file}:nosuch", "no policy"),
@@ -122,11 +131,19 @@ def test_a_policy_is_found_by_name_or_in_a_file(tmp_path):
         find_policy("ffnskip", model, dict(cold_s=1, cold_e=9, sim_threshold=0.9))
 
 
+@pytest.mark.parametrize("name, near", [("printd", "printed"), ("shortgtp", "shortgpt"), ("mine.py", "mine.py:make")])
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(name, near):
+    with pytest.raises(ValueError, match=f"no policy {name}: is it {near}[?] choose from"):
+        find_policy(name, tiny_model(), skip=0.2)
+
+
 @pytest.mark.parametrize("name", ["nosuch", "factory", "uniform", "run_active", "EarlyExit"])
-def test_what_is_no_policy_is_answered_with_the_names_of_those_that_are(name, capsys):
+def test_what_is_no_policy_is_answered_with_the_names_of_those_that_are(name, monkeypatch, capsys):
     """Also where something in baselines.py is called so."""
     error = mistake(capsys, main, "--ckpt", CKPT, "--policy", name, "--skip", "0.25", "x")
-    assert error.startswith(f"error: no policy {name}: choose from dense, ffnskip, ")
+    monkeypatch.setattr("generate.load", None)  # it is told before anything is loaded
+    near = "is it earlyexit? " if name == "EarlyExit" else ""
+    assert error.startswith(f"error: no policy {name}: {near}choose from dense, ffnskip, ")
     assert all(f" {known}," in error for known in POLICIES) and error.endswith("FILE.py:FACTORY")
 
 
@@ -258,6 +275,106 @@ def test_a_mistake_in_a_policy_file_is_reported_with_its_line(code, message, tmp
     (tmp_path / "mine.py").write_text(code)
     error = mistake(capsys, main, "--ckpt", CKPT, "--policy", f"{tmp_path}/mine.py:make", "--skip", "0.2", "x")
     assert message in error
+
+
+MAKE = """\
+import torch
+
+class make:
+    def __init__(self, model, skip, warm_up_index=None, tokens=None, seed=0):
+        self.warm_up_index = 2
+
+    def __call__(self, layers, x, step):
+        active = step.token_index <= self.warm_up_index
+        for layer in layers:
+            h = layer.add_attention(x, step)
+            x = layer.add_feed_forward(h, step, active)
+        return x
+"""
+ACTIVE, RESULT = "h, step, active", "return x"  # in MAKE
+ONE = "active if len(active[0]) > 1 else active[0]"  # wrong for tokens decoded alone
+
+
+@pytest.mark.parametrize("old, new, message", [
+    (ACTIVE, "h, step, active.sum()", "line 11: active is torch.int64 of [] on cpu: it must be torch.bool of [1, "),
+    (ACTIVE, "h, step, active[:, :1]", "line 11: active is torch.bool of [1, 1] on cpu: it must be"),
+    (ACTIVE, "h, step, active.float()", "line 11: active is torch.float32 of [1, "),
+    (ACTIVE, "h, step, active.numpy()", "line 11: active is a numpy.ndarray: it must be"),
+    (ACTIVE, f"h, step, {ONE}", "line 11: active is torch.bool of [1] on cpu: it must be torch.bool of [1, 1] on cpu"),
+    ("(x, step)\n", "(x, step, True)\n", "line 10: active is a builtins.bool"),
+    (RESULT, "return x.numpy()", "line 7: the policy returned a numpy.ndarray: it must return x, torch.float16 of [1,"),
+    (RESULT, "return x.float()", "line 7: the policy returned torch.float32 of [1, "),
+    (RESULT, "return x[:, -1]", "line 7: the policy returned torch.float16 of [1, 32] on cpu: it must return x"),
+    (RESULT, "pass", "line 7: the policy returned nothing"),
+])  # fmt: skip
+def test_what_a_policy_may_not_hand_over_is_an_error_with_its_line(old, new, message, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(MAKE.replace(old, new))
+    error = mistake(capsys, main, "--ckpt", CKPT, "--policy", f"{tmp_path}/mine.py:make", "--skip", "0.2", "xyz")
+    assert error.startswith(f"error: {tmp_path}/mine.py, {message}")
+
+
+PADDING = "active &= torch.arange(active.size(1)) >= step.cache.pad[:, None]"  # is skipped too
+HOLES = "layer.add_attention(x, step, (step.token_index < 0) | (step.token_index % 3 > 0))"
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ("token_index <=", "token_index >", "line 11: the prompt is skipped in: active must be True where a block runs"),
+    ("layer.add_attention(x, step)", "x", "line 11: layer 0 runs add_feed_forward, and not add_attention"),
+    ("layer.add_attention(x, step)", HOLES, "line 7: in layer 0 a token reads a cache entry that one before it did"),
+    (RESULT, RESULT, None),
+    ("self.warm_up_index\n        for", f"self.warm_up_index\n        {PADDING}\n        for", None),
+])  # fmt: skip
+def test_what_may_be_a_mistake_of_a_policy_is_told_once_with_its_line(old, new, message, tmp_path, capsys):
+    """And a policy like any other is not: neither its prompt nor its padding is skipped in, and its cache is whole."""
+    (tmp_path / "mine.py").write_text(MAKE.replace(old, new))
+    policy = ["--ckpt", CKPT, "--policy", f"{tmp_path}/mine.py:make", "--skip", "0.2", "--max-new-tokens", "9"]
+    for prompts in ["xyz"], ["xyz", "a longer one"]:
+        note.cache_clear()
+        main([*policy, *prompts])
+        said = capsys.readouterr().err
+        assert said.count(f"mine.py, {message}") == (message is not None) and said.count("mine.py, line") <= 2
+        assert message or "mine.py, line" not in said
+
+
+def test_a_policy_of_a_file_gets_the_layers_themselves_once_it_has_skipped(tmp_path):
+    """So it is checked at its first tokens, at no cost for the others; the numbers are those of the policy itself."""
+    model, seen = tiny_model(), []
+    (tmp_path / "mine.py").write_text(MAKE)
+    policy = find_policy(f"{tmp_path}/mine.py:make", model, skip=0.5)
+    walk = type(policy.policy).__call__
+
+    class Watched(type(policy.policy)):
+        def __call__(self, layers, x, step):
+            seen.append(isinstance(layers[0], CheckedLayer))
+            return walk(self, layers, x, step)
+
+    ids = list(generate(model, random_ids(5), 8, policy.policy))
+    policy.policy.__class__ = Watched
+    assert list(generate(model, random_ids(5), 8, policy)) == ids
+    assert seen == [True] * 5 + [False] * 3  # the prompt, tokens 0 to 3, of which 3 is the first past the warm-up
+
+
+def test_threads_wait_asleep_where_other_programs_run_and_the_user_has_not_chosen(monkeypatch):
+    def chosen(seen, **environ):
+        looks = iter(seen)
+        monkeypatch.setattr(support, "running", lambda: next(looks))
+        support.wait_asleep(environ)
+        return environ
+
+    assert support.running() >= 1
+    assert chosen([2, 5, 2]) == dict(OMP_WAIT_POLICY="PASSIVE")
+    assert chosen([1]) == chosen([2, 2, 1]) == {}  # at one look another one may run by chance
+    assert chosen([9] * 3, GOMP_SPINCOUNT="1000") == dict(GOMP_SPINCOUNT="1000")
+    assert chosen([9] * 3, OMP_WAIT_POLICY="ACTIVE") == dict(OMP_WAIT_POLICY="ACTIVE")
+
+
+def test_a_python_without_pytorch_is_told_what_to_do(tmp_path):
+    (tmp_path / "torch").mkdir()
+    missing = "raise ModuleNotFoundError('No module named torch', name='torch')"
+    (tmp_path / "torch" / "__init__.py").write_text(missing)
+    process = start("generate.py", stderr=-1, text=True, env=dict(PYTHONPATH=str(tmp_path)))
+    said = process.communicate()[1]
+    assert process.returncode == 1 and said.startswith("error: PyTorch is not installed") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,21 @@ def test_a_column_minus_that_of_a_policy_at_as_many_bytes(tmp_path, capsys):
     ]
 
 
+def test_a_terminal_that_is_too_narrow_gets_a_row_for_each_ratio(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    wide = printed(capsys, folder / "x.csv", "kl")
+    assert wide[0] == "| policy | 5% | 15% |"  # which fits
+    monkeypatch.setenv("COLUMNS", "40")
+    assert printed(capsys, folder / "x.csv", "kl")[:3] == [
+        "policy                  ffn_skip_ratio    kl",
+        "dense                                0     0",
+        "random                           0.051  1.23",
+    ]
+    lines = printed(capsys, plot.ROOT / "experiments" / "results" / "perplexity.csv", "perplexity_past_warm_up")
+    assert lines[0].split() == ["policy", "ffn_skip_ratio", "perplexity_past_warm_up", "kl", "top1_agreement"]
+    assert max(map(len, lines)) <= 100 and any(line.startswith("shortgpt (equal bytes) ") for line in lines)
+
+
 def test_intervals_are_printed_where_a_row_has_one_and_seeds_are_one_row(tmp_path, capsys):
     """Of several seeds the mean is printed, and the lowest and the highest end of their intervals."""
     dense = dict(policy="dense", skip="", match="ffn", warm_up_index=25, seed="", ffn_skip_ratio=0, kl=0, kl_low="")
@@ -212,6 +227,7 @@ def test_speeds_are_a_table_of_the_models_of_that_name(folder, capsys):
 
 @pytest.mark.parametrize("argv, message", [
     (["x.csv", "nosuch"], "x.csv: no column of numbers nosuch: choose from policy, skip"),
+    (["b.csv", "llama"], "b.csv: no model llama in it: choose from Some-7B"),
     (["x.csv", "policy"], "x.csv: no column of numbers policy"),
     (["other.csv"], "other.csv: nothing to draw: pictures are made of generate.py's traces"),
     (["empty.csv", "kl"], "empty.csv: no row in it"),
@@ -290,17 +306,27 @@ def labels(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_perplexity_is_drawn_against_the_ratio_and_against_bytes(monkeypatch, tmp_path):
+def test_perplexity_and_kl_are_drawn_against_the_ratio(monkeypatch, tmp_path):
     write(tmp_path / "llama-3.1.csv", evaluated())
     figure = figure_of(monkeypatch, tmp_path / "llama-3.1.csv")
-    titles = ["perplexity past the warm-up", "KL from dense, nats per token", "perplexity past the warm-up"]
+    titles = ["perplexity past the warm-up", "KL from dense, nats per token"]
     assert [axes.get_ylabel() for axes in figure.axes] == titles and labels(figure) == ["random", "shortgpt", "dense"]
-    assert [axes.get_yscale() for axes in figure.axes] == ["log"] * 3
-    first, last = curves_of(figure.axes[0]), curves_of(figure.axes[-1])
-    assert [x for x, _ in first["shortgpt"]] == [0.1, 0.2] and [x for x, _ in last["shortgpt"]] == [0.05, 0.1]
-    assert first["random"] != last["random"] and len(last["random"]) == 2  # one row for both comparisons
+    assert [axes.get_yscale() for axes in figure.axes] == ["log"] * 2
+    first = curves_of(figure.axes[0])
+    assert [x for x, _ in first["shortgpt"]] == [0.1, 0.2]  # at the same blocks, and not at the same bytes
     assert first["random"][0][1] == pytest.approx(33) and first["dense"][0][1] == 30
     assert "dense" not in curves_of(figure.axes[1])  # its KL from itself is 0, which no logarithmic axis has
+
+
+def test_a_title_names_the_model_and_the_task(monkeypatch, tmp_path):
+    write(tmp_path / "x.csv", evaluated())
+    text = (tmp_path / "x.csv").read_text()
+    for settings, title in [
+        (dict(ckpt=None, task="perplexity", data="a/wiki.raw"), "SmolLM2-135M-Instruct, perplexity, wiki.raw"),
+        (dict(ckpt="b/llama-2-7b", task="warmup", data=None), "llama-2-7b, warmup, text of its own"),
+    ]:
+        (tmp_path / "x.csv").write_text(f"# settings: {json.dumps(settings)}\n{text}")
+        assert figure_of(monkeypatch, tmp_path / "x.csv").get_suptitle() == title
 
 
 def test_intervals_are_drawn_as_bars_and_that_of_dense_as_a_band(monkeypatch, tmp_path):
@@ -334,8 +360,9 @@ def test_warm_up_is_drawn_by_policy_and_ratio(monkeypatch, tmp_path):
     figure = figure_of(monkeypatch, tmp_path / "warmup.csv")
     assert labels(figure) == ["random 0.1", "random 0.2", "shortgpt 0.1", "shortgpt 0.2", "dense"]
     assert [x for x, _ in curves_of(figure.axes[0])["random 0.1"]] == [5, 25]
-    alphas = [line.get_alpha() for line in figure.axes[0].lines if line.get_label().startswith("random")]
-    assert alphas[0] == 1 and alphas[1] < 1  # ratios of one policy have shades of its colour
+    lines = [line for line in figure.axes[0].lines if line.get_label().startswith("random")]
+    assert [line.get_linestyle() for line in lines] == ["-", "--"]  # ratios of one policy have its colour
+    assert lines[0].get_color() == lines[1].get_color() == plot.COLOURS["random"]
 
 
 def test_speed_is_drawn_for_each_model_with_the_bound(monkeypatch, folder):
@@ -345,14 +372,41 @@ def test_speed_is_drawn_for_each_model_with_the_bound(monkeypatch, folder):
         "Some-7B\nbfloat16, 2 threads of CPU\na context of 148 tokens", "other\nbfloat16, GPU\na context of 148 tokens"
     ]  # fmt: skip
     curves = curves_of(figure.axes[0])
+    assert curves["dense"] == [(0, 1), (1, 1)]  # a line from edge to edge
     assert curves["ffnskip"] == [(0, 1), (0.3, 1.2047)] and curves["bound by bytes"] == [(0, 1), (0.3, 1.213)]
+
+
+def test_every_kind_of_run_in_the_shipped_speeds_has_a_panel_at_the_same_scale(monkeypatch, tmp_path):
+    shutil.copy(plot.ROOT / "experiments" / "results" / "bench.csv", tmp_path)
+    kinds = set()
+    for row in csv.DictReader((tmp_path / "bench.csv").open(newline="")):
+        if row["batch"] == "1" and float(row["ffn_skip_ratio"] or 0) > 0:
+            kinds.add(tuple(row[name] for name in ("model", "dtype", "device", "threads", "columns")))
+    axes = figure_of(monkeypatch, tmp_path / "bench.csv").axes
+    assert len(axes) == len(kinds) > 3 and len({one.get_title() for one in axes}) == len(kinds)
+    assert len({one.get_ylim() for one in axes}) == len({one.get_xlim() for one in axes}) == 1
+    below = [bool(one.get_xlabel()) for one in axes]
+    assert below == [False] * (len(axes) - 3) + [True] * 3  # the last of each column, also above an empty place
+
+
+def test_settings_are_drawn_with_the_cosines_that_they_were_chosen_by(monkeypatch, tmp_path, capsys):
+    settings = json.loads((plot.ROOT / "config" / "smollm2-135m-instruct.json").read_text())
+    (tmp_path / "skip.json").write_text(json.dumps(settings))
+    (axes,) = figure_of(monkeypatch, tmp_path / "skip.json").axes
+    cold_s, cold_e = settings["cold_s"], settings["cold_e"]
+    curves = curves_of(axes)
+    assert [y for _, y in curves["mean cosine"]] == settings["curve"]
+    assert curves["sim_threshold"] == list(zip(range(cold_s, cold_e), settings["sim_threshold"][cold_s:cold_e]))
+    assert f"k=1, {settings['achieved_skip']:.1%} of the FFN blocks skipped" in axes.get_title()
+    (tmp_path / "bare.json").write_text(json.dumps(dict(cold_s=1)))
+    assert "bare.json: no curve in it" in mistake(capsys, plot.main, tmp_path / "bare.json")
 
 
 def test_a_trace_is_drawn_with_its_cosines_and_what_was_skipped(monkeypatch, folder):
     axes = figure_of(monkeypatch, folder / "t.csv").axes[0]
     shades, cosines = (image.get_array() for image in axes.images)
     assert shades.shape == (3, 2, 3)  # layers, generated tokens of the first prompt, colours
-    assert (shades[2, 0] == 0).all() and (shades[2, 1] > 0.9).all()
+    assert (shades[2, 0] == 0).all() and (shades[2, 1] > 0.8).all()
     assert cosines[1].tolist() == [0.9876, 0.5] and cosines.mask[0].all() and cosines.mask[2].tolist() == [True, False]
 
 

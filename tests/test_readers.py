@@ -1,11 +1,37 @@
 """experiments/readers.py: every format that a data set comes in, and files that are none of them."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 import readers
 from tiny import STORY, write_csv, write_data, write_jsonl
+
+
+def test_parquet_is_read_by_an_optional_package(tmp_path, monkeypatch):
+    """As text, of the column `text`, and as stories, of the column `article`."""
+    rows = [dict(text="", article=None), dict(text=" = A = \n", article=STORY), dict(text="b")]
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match="t.parquet: a Parquet file: needs.*pip install pyarrow"):
+        readers.load_text(tmp_path / "t.parquet")
+    package = SimpleNamespace(read_table=lambda path: SimpleNamespace(to_pylist=lambda: rows))
+    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=package))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", package)
+    assert readers.load_text(tmp_path / "t.parquet") == " = A = \n\n\nb"
+    rows.pop()  # which has a text, and no article
+    (story,) = readers.load_stories(tmp_path / "t.parquet")
+    assert story["question_id"] == 2 and story["turns"][0].endswith(STORY)
+    rows[:] = [dict(body="x")]
+    with pytest.raises(ValueError, match="t.parquet:1: no row in it with 'text'"):
+        readers.load_text(tmp_path / "t.parquet")
+
+    def damaged(path):
+        raise ValueError("magic bytes not found")
+
+    package.read_table = damaged
+    with pytest.raises(ValueError, match="t.parquet: not a Parquet file: magic bytes"):
+        readers.load_text(tmp_path / "t.parquet")
 
 
 def test_questions_in_all_formats(tmp_path):

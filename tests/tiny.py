@@ -24,6 +24,19 @@ from support.tracing import Trace
 
 ROOT = Path(__file__).parent.parent
 
+
+def in_repository(paths):
+    """Those of the paths that git has in this repository: what a user has saved among them is not ours. No git: all."""
+    try:
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        listed = ""
+    known = set()
+    for line in listed.splitlines():
+        known |= {ROOT / line, *(ROOT / line).parents}
+    return [path for path in paths if path in known or not known]
+
+
 # --- models and texts -------------------------------------------------------------------------------------------------
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
