@@ -10,7 +10,7 @@ from pathlib import Path
 from fast import parallel
 from skip import FFNSkip
 from support import common
-from support.measuring import as_tokens, cold_regions, measure
+from support.measuring import cold_regions, measure
 from support.tokenizer import TextStream
 
 PLACE = "PAGE_AS_JSON"  # where the data goes in trace_page.html
@@ -27,20 +27,19 @@ TOY = dict(
 def write_page(path, generations, prompts, model_name, command, ckpt=None):
     """
     Write the runs, a list of generate.Generation, side by side as an HTML page. `prompts` are headings, one text per
-    prompt, and `command` is what made the page from `ckpt`. The model looks at each text once more: for the cosines of
-    the dense model, and for what the first of two runs would have said where they part. In several processes, of which
-    one alone writes, it does not. Raises ValueError where the file cannot be written.
+    prompt, and `command` is what made the page from `ckpt`. The dense model reads each text once more, for its cosines;
+    not in several processes, of which one alone writes the page. Raises ValueError where the file cannot be written.
     """
-    sources, differences = [TOY], [None] * len(prompts)
+    sources = [TOY]
     if parallel.size == 1:
         for row, prompt in enumerate(prompts):
-            differences[row] = first_words(generations, row)
             for run, generation in enumerate(generations):
                 where = f"{model_name}, the text of {generation.name}: {prompt}"
                 source = describe_source(generations, run, row, ckpt)
                 if source:
                     sources.append(source | dict(name=where, model=model_name))
     runs = [describe_run(generation) for generation in generations]
+    differences = [first_words(generations, row) for row in range(len(prompts))]
     page = dict(tab="compare", source=len(sources) - 1, lines=printed_lines(), scale=SCALE, sources=sources)
     page |= dict(model=model_name, made_by=command, prompts=prompts, runs=runs, differences=differences)
     write_data(path, page)
@@ -98,7 +97,7 @@ def describe_source(generations, run, row, ckpt):
 def first_words(generations, row):
     """
     Where the texts of two runs part: dict(at=, top=), the token's index among those generated, and per run the five
-    likeliest [text, probability] there, from one more pass over what both wrote before. None if they do not part.
+    [text, probability] that it held for likeliest there. None if they do not part.
     """
     if len(generations) != 2:
         return None
@@ -107,14 +106,10 @@ def first_words(generations, row):
     if at == min(len(a), len(b)):
         return None
     for generation in generations:
-        model, (_, prompt_len) = generation.model, read_ids(generation, row)
-        ids = generation.prompts[row] + generation.ids[row][:at]
-        logits = model(as_tokens(model, ids), None, generation.policy, prompt_len, last_only=True)[0, -1]  # (vocab,)
-        likeliest = logits.softmax(-1).topk(min(5, len(logits)))
         words = []
-        for probability, token in zip(likeliest.values.tolist(), likeliest.indices.tolist()):
-            stream = TextStream(generation.tokenizer, ids)
-            words.append([stream.add(token) + stream.rest() or f"[{token}]", round(probability, 4)])
+        for token, chance in generation.trace.likeliest[at][row]:
+            stream = TextStream(generation.tokenizer, generation.prompts[row] + generation.ids[row][:at])
+            words.append([stream.add(token) + stream.rest() or f"[{token}]", round(chance, 4)])
         top.append(words)
     return dict(at=at, top=top)
 

@@ -20,7 +20,7 @@ from tiny import Bytes, tiny_model, walk
 
 from generate import parse_args, start
 from model import dense
-from policies import find_policy, load_settings
+from policies import find_policy, load_settings, shifted
 from policies.standins import StandIns, ready
 from skip import FFNSkip
 from support import trace_page
@@ -132,7 +132,7 @@ def test_the_page_says_who_leaves_out_attention(name, tmp_path, model):
 def test_the_page_calls_harm_by_its_name_and_knows_the_cap(tmp_path, model):
     standins = StandIns(ready(random_fit(model), torch.float32), log_budget=-1.0, most=2, warm_up_index=1)
     (run,) = page_of(tmp_path / "x.html", generations(model, standins))[1]["runs"]
-    assert (run["label"], run["most"]) == ("predicted harm", 2) and run["thresholds"] == [math.exp(-1.0)] * 6
+    assert (run["label"], run["most"]) == ("harm", 2) and run["thresholds"] == [math.exp(-1.0)] * 6
 
 
 def test_a_run_that_was_interrupted_in_its_first_pass_has_no_layers(tmp_path, model):
@@ -210,7 +210,7 @@ def test_several_processes_write_a_page_without_a_second_look(tmp_path, model, m
     runs = generations(model, dense, SKIP)
     monkeypatch.setattr(trace_page.parallel, "size", 2)
     _, data = page_of(tmp_path / "x.html", runs)
-    assert len(data["sources"]) == 1 and data["differences"] == [None] * 3 and len(data["runs"]) == 2
+    assert len(data["sources"]) == 1 and any(data["differences"]) and len(data["runs"]) == 2
 
 
 # --- the shipped page -------------------------------------------------------------------------------------------------
@@ -297,8 +297,12 @@ def test_the_page_replays_as_the_project_does_to_the_last_block(engine, tmp_path
         i = draw.randrange(len(sources))
         policy = drawn_settings(sources[i], draw)
         past = cosines[i][policy.warm_up_index + 1 :] if sources[i]["counted"] else cosines[i]
+        settings = json.loads(trace_page.common.to_json(vars(policy)))
+        if isinstance(policy.sim_threshold, list):  # which the page's slider moves together, as --skip does
+            settings["shift"] = round(draw.uniform(-0.02, 0.02), 3)
+            policy = shifted(policy, settings["shift"])
         expected.append([replay(past, policy) if len(past) else None, past.numel()])
-        cases.append([i, json.loads(trace_page.common.to_json(vars(policy)))])
+        cases.append([i, settings])
     script = f"""
         const sources = {json.dumps(sources)}.map(source => prepare(source, {SCALE}));
         return {json.dumps(cases)}.map(([i, settings]) => {{
@@ -505,3 +509,49 @@ def test_explore_builds_the_page_and_says_what_it_cannot_read(tmp_path, model, c
         explore.read_page(ROOT / "LICENSE")
     with pytest.raises(ValueError, match="begins with no model"):
         explore.recorded(tmp_path / "mine.csv")
+
+
+# --- what the pages beside it say -------------------------------------------------------------------------------------
+
+
+def table_rows(name, heading):
+    """{first cell: the other cells} of the first table below a heading, or other words, of a page in docs/."""
+    table = (ROOT / "docs" / name).read_text().split(heading)[1].split("\n\n|")[1].split("\n\n")[0]
+    rows = {}
+    for line in table.splitlines():
+        first, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows[first] = cells
+    return rows
+
+
+def test_the_walkthroughs_toy_is_the_pages_and_is_done_as_skip_py_does_it():
+    rows = table_rows("walkthrough.md", "## Six layers by hand")
+    cosines = [float(cell) for cell in rows["cosine"]]
+    assert [round(one * SCALE) for one in cosines] == TOY["cosines"][1]
+    for name, k in {"as printed": None, "k = 1": 1, "k = 2": 2}.items():
+        policy = replace(FFNSkip(**TOY["settings"]), k=k)
+        ran = walk(policy, torch.tensor(cosines)[:, None], [1]).ran[:, 0, 0].tolist()
+        cold = ["cold" if layer in (0, 5) else "run" for layer in range(6)]
+        assert rows[name] == [one if runs else "skipped" for one, runs in zip(cold, ran)]
+
+
+def test_the_numbers_that_the_walkthrough_and_the_lesson_name_are_those_of_the_page():
+    seven, demo, run = SHIPPED["sources"][0], SHIPPED["sources"][4], SHIPPED["runs"][1]
+    text = " ".join((ROOT / "docs" / "walkthrough.md").read_text().split())
+    cosines = torch.tensor(seven["cosines"], dtype=torch.float64) / SCALE
+
+    def share(threshold, k=None):
+        return replay(cosines, replace(FFNSkip(**seven["settings"]), sim_threshold=threshold, k=k))
+
+    assert f"at 0.97 {share(0.97):.1%} of all FFN blocks are skipped, at 0.95 {share(0.95):.1%}" in text
+    assert f"{share(0.959):.0%} {share(0.909, 1):.0%}" == "25% 25%"
+    lesson = (ROOT / "docs" / "lesson.md").read_text()
+    assert "threshold for 25% (0.959), then does it with `k` 1 (0.909)" in lesson
+    past = torch.tensor(demo["cosines"], dtype=torch.float64)[run["warm_up_index"] + 1 :] / SCALE
+    predicted = replay(past, FFNSkip(**demo["settings"]))
+    assert f"it predicts {predicted:.1%} and {run['ffn_skip_ratio']:.1%} were measured" in text
+    (first, chance), (other, its) = SHIPPED["differences"][0]["top"][0][0], SHIPPED["differences"][0]["top"][1][0]
+    held = f'at generated token {SHIPPED["differences"][0]["at"]}: the dense model held "{first.strip()}" for likeliest'
+    assert f'{held} ({chance:.1%}), the skipping one "{other.strip()}" ({its:.1%})' in text
+    (paris,) = [token for token in run["texts"][0] if token.get("index") == 28]
+    assert (paris["text"], paris["values"][12], paris["skipped"]) == (" Paris", 0.9866, list(range(13, 20)))
