@@ -164,9 +164,9 @@ def heat_map(figure, rows):
     figure.set_size_inches(10, 4)
     axes = figure.subplots()
     axes.imshow(shades, origin="lower", aspect="auto")
-    image = axes.imshow(cosines, origin="lower", aspect="auto", cmap="Wistia", vmin=0.9, vmax=1)  # far from black
+    image = axes.imshow(cosines, origin="lower", aspect="auto", cmap="viridis", vmin=0.9, vmax=1)
     figure.colorbar(image, label="cosine, where measured")
-    axes.set(xlabel="token_index", ylabel="layer", title="FFN blocks: black skipped, grey run and not measured")
+    axes.set(xlabel="token_index (black: FFN block skipped, grey: run unmeasured)", ylabel="layer")
 
 
 def draw(rows, path):
