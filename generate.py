@@ -100,6 +100,8 @@ def generate_batch(
         if cache.length + next_ids.size(1) > cache.max_seq_len:
             return
         logits = model(next_ids.to(weight.device), cache, policy, prompt_len, pad, trace, last_only=True)[:, -1]
+        if trace is not None and trace.cosines:
+            trace.record_likeliest(logits)
         next_ids = sample(logits, temperature, top_p, generator)[:, None]  # (batch, 1)
         ids = next_ids[:, 0].tolist()
         for row, token in enumerate(ids):

@@ -235,6 +235,7 @@ class EarlyExit:
     def __init__(self, copy, measure, threshold, warm_up_index=25):
         self.copy, self.measure, self.threshold = copy, measure, threshold
         self.every, self.warm_up_index = EVERY[measure], warm_up_index
+        self.also_skips = ("attention.wq", "attention.wo") if copy else ("attention",)
 
     def __call__(self, layers, x, step):
         run = run_or_copy if self.copy else run_active

@@ -33,6 +33,8 @@ class StandIns:
     (n, dim) is nearest to the block's normed input.
     """
 
+    measures = "harm"  # what it leaves in trace.cosine, in nats
+
     def __init__(self, fitted, log_budget, most, warm_up_index=WARM_UP_INDEX):
         self.fitted, self.log_budget, self.most, self.warm_up_index = fitted, log_budget, most, warm_up_index
 

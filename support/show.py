@@ -6,6 +6,7 @@ each other; lines that sum up; a picture of what was skipped; the JSON; a trace 
 import csv
 import importlib.util
 import io
+import shlex
 import sys
 import time
 from contextlib import contextmanager
@@ -334,7 +335,7 @@ def tell(generations, prompts, options, settings):
         print_texts(generations, prompts)
     if options.trace:  # after the answer, which a full disk must not lose
         sys.stdout.flush()
-        write_trace(options.trace, generations, prompts)
+        write_trace(options, generations, prompts, settings["ckpt"])
         note(f"[trace written to {options.trace}]")
     if options.compare and len(prompts) == 1 and not options.json:
         show_blocks(generations[-1])
@@ -362,12 +363,13 @@ def print_texts(generations, prompts):
             print(f"{generation.text(row)}\n")
 
 
-def write_trace(path, generations, prompts):
+def write_trace(options, generations, prompts, ckpt):
     """The runs as a page for the browser, if the file's name ends in .html; else the last one as CSV."""
-    if path.endswith((".html", ".htm")):
-        write_page(path, generations, prompts)
+    if options.trace.endswith((".html", ".htm")):
+        command = shlex.join(["python", *sys.argv])
+        write_page(options.trace, generations, prompts, common.model_name(ckpt), command, options.ckpt)
     else:
-        write_csv(path, generations[-1])
+        write_csv(options.trace, generations[-1])
 
 
 def write_csv(path, generation):

@@ -32,6 +32,7 @@ class Trace:
     def __init__(self, cosines=False):
         self.cosines = cosines
         self.passes = []
+        self.likeliest = []  # of a loop that asks for it, per step: [[(id, probability), five times] per row]
 
     def begin(self, n_layers, token_index, real):
         """A forward pass begins over tokens (batch, seq), of which `real` are no padding."""
@@ -55,6 +56,11 @@ class Trace:
     def read(self):
         """(layer, batch, token) fp32: the share of each FFN block's weights that a token needed, 0 of one skipped."""
         return self.ran * (1 - self.unread("feed_forward"))
+
+    def record_likeliest(self, logits):
+        """What was likeliest to come next, from logits (batch, vocab)."""
+        chances, ids = logits.softmax(-1).topk(min(5, logits.size(-1)))
+        self.likeliest.append([list(zip(*row)) for row in zip(ids.tolist(), chances.tolist())])
 
     @property
     def token_index(self):
