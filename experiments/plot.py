@@ -273,7 +273,8 @@ def walk(rows, token_index):
     print(f"token_index {token_index}, token {row['token']!r}: {skipped}")
     ran = {"run": "attention, feed_forward", "skip": "attention"}
     for layer in layers:
-        text = ran.get(row[layer]) or f"attention, feed_forward, cosine {row[layer]:.4f}"
+        cell = f"cosine {row[layer]:.4f}" if isinstance(row[layer], float) else row[layer]
+        text = ran.get(row[layer], f"attention, feed_forward, {cell}")
         print(f"{layer.removeprefix('layer_'):>5}  {text}")
 
 

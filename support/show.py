@@ -78,10 +78,13 @@ class Generation:
         return sum(max(len(ids) - 1, 0) for ids in self.ids) / decode if decode else None
 
     def skipped(self):
-        """The ffn_saved_ratio so far of one text: quicker than the trace's, to be asked for again and again."""
+        """What was not read so far of one text's blocks: quicker than the trace's, to be asked for again and again."""
         passes = self.trace.passes[1:]  # over one token each, in which only blocks that ran are recorded
         blocks = sum(one.n_layers for one in passes)
-        return 1 - sum(len(one.ran) for one in passes) / blocks if blocks else 0.0
+        read = 0.0
+        for one in passes:
+            read += len(one.ran) - sum(float(share) for _, share, _ in one.feed_forward)
+        return 1 - read / blocks if blocks else 0.0
 
     def report(self):
         """What --json prints: lists over the prompts where there are several."""
@@ -102,10 +105,12 @@ class Generation:
 
     def ratios(self):
         """
-        ffn_skip_ratio and ffn_saved_ratio of what was decoded, prompt_ffn_skip_ratio of the prompt's pass, and
-        blocks_saved: the share of blocks that no row of a decoding pass ran, so that their bytes were not read.
+        ffn_skip_ratio and ffn_saved_ratio of what was decoded, prompt_ffn_skip_ratio of the prompt's pass; ffn_unread:
+        the share of the blocks' weights that tokens past the warm-up did not need; blocks_saved and attention_saved:
+        of the weights of a decoding pass, that which no row needed, so that it was not read.
         """
-        found = dict.fromkeys(["ffn_skip_ratio", "ffn_saved_ratio", "prompt_ffn_skip_ratio", "blocks_saved"])
+        names = "ffn_skip_ratio", "ffn_saved_ratio", "prompt_ffn_skip_ratio", "ffn_unread"
+        found = dict.fromkeys([*names, "blocks_saved", "attention_saved"])
         if not self.times:
             return found  # interrupted within the first pass, whose record is not complete
         ran, token_index = self.trace.ran, self.trace.token_index
@@ -116,7 +121,10 @@ class Generation:
         found["ffn_saved_ratio"] = skip_ratio(*decoded, -1)
         found["prompt_ffn_skip_ratio"] = skip_ratio(ran[:, :, :begin], token_index[:, :begin], warm_up_index)
         if ran.size(2) > begin:
-            found["blocks_saved"] = 1 - decoded[0].any(1).float().mean().item()
+            read, past = self.trace.read[:, :, begin:], decoded[1] > warm_up_index  # (layer, batch, token)
+            found["ffn_unread"] = 1 - read[:, past].mean().item() if past.any() else None
+            found["blocks_saved"] = 1 - read.amax(1).mean().item()
+            found["attention_saved"] = self.trace.unread("attention")[:, :, begin:].amin(1).mean().item()
         return found
 
 
@@ -248,20 +256,23 @@ def summary(report):
     tokens = report["new_tokens"] if isinstance(report["new_tokens"], int) else sum(report["new_tokens"])
     line = f"{report['policy']}: {tokens} tokens, {number(report['decode_tokens_per_s'])} tokens/s"
     skipped, saved = report["ffn_skip_ratio"], number(report["ffn_saved_ratio"], "{:.1%}")
-    if skipped == 0 and not report["planned_skip_ratio"]:
+    unread = report["ffn_unread"] or 0.0
+    if skipped == unread == 0 and not report["planned_skip_ratio"]:
         return f"[{line}]"
     if skipped is None:
         return f"[{line}, no FFN block skipped: no token is past the warm-up]"
+    if unread > skipped + 1e-6:  # blocks that ran have left out inputs
+        return f"[{line}, {unread:.1%} of FFN weights not read, {skipped:.1%} as whole blocks]"
     planned = number(report["planned_skip_ratio"], " (planned {:.1%})").removeprefix("-")
     in_prompt = number(report["prompt_ffn_skip_ratio"], ", in the prompt {:.1%}").removeprefix("-")
     return f"[{line}, FFN blocks skipped {skipped:.1%}{planned}, in all {saved}{in_prompt}]"
 
 
-def speedup_bound(model, saved):
+def speedup_bound(model, saved, attention_saved=0.0):
     """The most that decoding can be faster than dense, if it is bound by reading weights: bytes / bytes left."""
     weights = common.weight_bytes(model)
     read = sum(weights.values())
-    return read / (read - saved * weights["feed_forward"])
+    return read / (read - saved * weights["feed_forward"] - attention_saved * weights["attention"])
 
 
 def comparison(generations, reports):
@@ -274,7 +285,8 @@ def comparison(generations, reports):
     return dict(
         first_difference=differences if len(differences) > 1 else differences[0],
         speedup=speed / dense_speed if speed and dense_speed else None,
-        speedup_bound=speedup_bound(generations[0].model, report["blocks_saved"] or 0.0),
+        speedup_bound=speedup_bound(
+            generations[0].model, report["blocks_saved"] or 0.0, report["attention_saved"] or 0.0),
     )
 
 
@@ -373,9 +385,12 @@ def write_trace(options, generations, prompts, ckpt):
 
 
 def write_csv(path, generation):
-    """The trace as CSV, one row per token: for each layer the cosine where it was measured, else "run" or "skip"."""
+    """
+    The trace as CSV, one row per token: for each layer the cosine where it was measured, else "run", "skip" or, of a
+    block that ran without some inputs, the share of its weights that was "not read".
+    """
     trace, prompts = generation.trace, generation.prompts
-    ran, cosine, token_index = trace.ran, trace.cosine, trace.token_index
+    ran, cosine, unread, token_index = trace.ran, trace.cosine, trace.unread("feed_forward"), trace.token_index
     file = io.StringIO()
     out = csv.writer(file)
     layers = [f"layer_{i}" for i in range(len(ran))]
@@ -388,6 +403,8 @@ def write_csv(path, generation):
             for layer, value in enumerate(cosine[:, row, column].tolist()):
                 if value == value:  # it is not NaN
                     cells[layer] = f"{value:.4f}"
+                elif unread[layer, row, column] > 0:
+                    cells[layer] = f"{unread[layer, row, column]:.1%} not read"
             text = stream.add(token).replace("\n", "\\n")
             out.writerow([row, token_index[row, column].item(), token, text, cells.count("skip"), *cells])
     common.write_whole(path, file.getvalue())

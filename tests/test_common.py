@@ -90,7 +90,9 @@ def test_settings_that_do_not_fit_the_model_are_an_error_that_names_the_file(tmp
 def test_the_shipped_settings_fit_the_models_they_name():
     for path in sorted((common.HERE / "config").glob("*.json")):
         raw = json.loads(path.read_text())
-        assert raw["model"] == path.stem
+        assert raw["model"] == path.stem.removesuffix(".teal")
+        if "quantiles" in raw:  # which test_teal.py reads
+            continue
         settings = load_settings(path, path.stem, raw["n_layers"])
         settings.pop("ratios", None)
         settings.pop("made_for", None)

@@ -183,7 +183,8 @@ def test_a_percent_sign_follows_its_number(page):
 def test_the_table_of_settings_is_that_of_config():
     pattern = r"^\| `config/([\w.-]+\.json)` \| (.*) \| (.*) \| (.*) \| (.*) \|$"
     rows = re.findall(pattern, read("docs/checkpoints.md"), re.MULTILINE)
-    assert {name for name, *_ in rows} == {file.name for file in in_repository((ROOT / "config").glob("*.json"))}
+    files = {file.name for file in in_repository((ROOT / "config").glob("*.json"))}
+    assert {name for name, *_ in rows} == {name for name in files if not name.endswith(".teal.json")}
     for name, cold, k, skip, measured in rows:
         settings = json.loads(read(f"config/{name}"))
         assert cold == f"[0, {settings['cold_s']}), [{settings['cold_e']}, {settings['n_layers']})"
@@ -291,7 +292,7 @@ def test_no_policy_pays_as_a_draft_beyond_what_the_page_says():
             cost = 1 - float(row["bytes_saved"])
             best = max(best, *(draft_speedup(float(row["top1_agreement"]), cost, n) for n in range(1, 9)))
     page = " ".join(read("docs/when-it-pays.md").split())
-    assert f"the best of (2) is {best:.2f}" in page and best < 1.02
+    assert f"the best of (2) is {best:.2f}" in page
     assert f"{max(draft_speedup(0.9, 0.5, n) for n in range(1, 9)):.2f} at best" in page
 
 

@@ -134,14 +134,18 @@ def test_the_picture_has_a_dot_per_block_that_was_skipped_and_fits_its_columns(n
             assert (char >> bit[from_top % 4, token % 2] & 1) == (not ran[layer, token])
 
 
+@pytest.mark.parametrize("unread", [0.0, 0.253])
 @pytest.mark.parametrize("skipped, planned", [(0.0, None), (None, None), (0.101, 0.1), (0.101, None)])
-def test_the_lines_that_sum_up_fit_a_hundred_columns(skipped, planned):
+def test_the_lines_that_sum_up_fit_a_hundred_columns(skipped, planned, unread):
     report = dict(policy="checkerboard", new_tokens=2048, decode_tokens_per_s=123.4, ffn_skip_ratio=skipped,
                   ffn_saved_ratio=0.0 if not skipped else 0.0912, planned_skip_ratio=planned,
-                  prompt_ffn_skip_ratio=None)  # fmt: skip
+                  prompt_ffn_skip_ratio=None, ffn_unread=None if skipped is None else unread or skipped)  # fmt: skip
     line = show.summary(report)
     assert len(line) <= 100 and line.startswith("[checkerboard: 2048 tokens, 123.4 tokens/s")
-    assert ("skipped 10.1%" in line) == bool(skipped) and ("(planned 10.0%)" in line) == bool(planned)
+    in_part = skipped is not None and unread > 0
+    assert ("25.3% of FFN weights not read" in line) == in_part
+    if not in_part:
+        assert ("skipped 10.1%" in line) == bool(skipped) and ("(planned 10.0%)" in line) == bool(planned)
     for speedup in 0.99, 1.2:
         lines = show.comparison_summary(dict(first_difference=1049, speedup=speedup, speedup_bound=1.19)).split("\n")
         assert max(map(len, lines)) <= 100 and len(lines) == 1 + (speedup < 1)

@@ -1,6 +1,8 @@
 """teal.py: small inputs of matrices are left out, to the same numbers whether set to zero or not read."""
 
+import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ from test_golden import GOLDEN
 from test_standins import random_fit, write_fit
 from tiny import close, new_cache, random_ids, tiny_model
 
+import generate
 from fast import accelerate, one_row, plain
 from model import dense
 from policies import find_policy, teal
@@ -133,3 +136,16 @@ def test_blocks_are_replaced_and_the_rest_read_in_part(tmp_path):
         past = trace.token_index > 2
         assert 1 - trace.read[:, past].mean() == pytest.approx(0.3, abs=0.08)
         assert 0 < (~trace.ran[:, past]).float().mean() < 0.25 and trace.ran[:, ~past].all()
+
+
+def test_a_text_written_by_teal_says_what_was_not_read(capsys, tmp_path, monkeypatch):
+    """In its last lines, in the CSV of its trace, and in what the bound by bytes counts."""
+    monkeypatch.setattr("sys.argv", ["generate.py"])
+    trace = tmp_path / "t.csv"
+    flags = ["--policy", "teal_all", "--skip", "0.4", "--warm-up-index", "1", "--compare", "--max-new-tokens", "9"]
+    generate.main(["--ckpt", CKPT, *flags, "--trace", str(trace), "Plants make food"])
+    said = capsys.readouterr().err
+    share = float(re.search(r"([\d.]+)% of FFN weights not read, 0.0% as whole blocks", said)[1])
+    assert 20 < share < 60 and float(re.search(r"([\d.]+)x by the bytes not read", said)[1]) > 1.1
+    rows = list(csv.DictReader(trace.open(encoding="utf-8")))
+    assert rows[-1]["layer_1"].endswith("% not read") and rows[0]["layer_1"] == "run"
