@@ -34,7 +34,7 @@ for file in sorted((ROOT / "docs").glob("*.md")):
 PROGRAMS = "generate.py", "calibrate.py", "load_weights.py"
 PYTHON = {*PROGRAMS, "experiments/evaluate.py", "experiments/bench.py", "experiments/plot.py",
           "experiments/fit_standins.py", "experiments/judge.py", "experiments/lm_eval_model.py",
-          "experiments/explore.py"}
+          "experiments/explore.py", "experiments/fit_teal.py"}
 OF_A_USER = {"checkpoints", "data", "out"}  # folders that are no part of the repository
 
 
