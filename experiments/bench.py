@@ -58,15 +58,14 @@ from fast import accelerate, one_row, parallel
 from fast.graphs import add_graphs
 from load_weights import load_model
 from model import KVCache, ModelArgs, Transformer
+from policies import teal
 from policies.standins import PARTS, StandIns, ready
-from policies.teal import PLACES, Teal, find_quantiles, store_by_columns, thresholds
 from skip import FFNSkip
 from support import common
 from support.cache import rewind
-from support.measuring import as_windows
 from support.tracing import Trace
 
-TEAL = {"teal": ("feed_forward", "w2"), "teal_all": PLACES[:4]}  # the places where inputs are left out
+TEAL = "teal", "teal_all"
 SIZES = {  # of the published LLaMA-2: ModelArgs(**SIZES["13B"])
     "7B": dict(),
     "13B": dict(dim=5120, n_layers=40, n_heads=40, hidden_dim=13824),
@@ -181,16 +180,14 @@ def make_variants(model, options):
     for name, policy in policies:
         if name in ("dense", *options.variants):
             variants.append(Variant(name, model, policy, options.batch, prompt, columns))
-    if TEAL.keys() & set(options.variants):
+    if set(TEAL) & set(options.variants):
         by_columns = model
         if not all(one_row.is_by_columns(weight) for weight in model.layers[0].feed_forward.parameters()):
-            by_columns = copy.deepcopy(model)
-            store_by_columns(by_columns)
+            by_columns = copy.deepcopy(model)  # which the policy stores so
         tokens = torch.randint(model.args.vocab_size, (1, min(128, model.args.max_seq_len)))
-        quantiles = find_quantiles(by_columns, as_windows(tokens))
         for name, skip in product(TEAL, options.skip):
             if name in options.variants and skip > 0:
-                policy = Teal(thresholds(quantiles, dict.fromkeys(TEAL[name], skip)), warm_up_index=-1)
+                policy = teal.POLICIES[name](by_columns, skip, warm_up_index=-1, tokens=tokens)
                 variants.append(Variant(name, by_columns, policy, options.batch, prompt, columns))
     return variants
 

@@ -27,8 +27,10 @@ from support.common import LoadError, made_for, note, read_json
 from support.measuring import as_windows, written_text
 
 PLACES = "attention", "wo", "feed_forward", "w2", "gate"  # inputs of wq, wk and wv, of wo, of w1 and w3, of w2; gates
+MORE = 1.4  # as large a share of the inputs of wo and w2 is left out as of all: the others harm more
 BLOCKS = 0.06  # of all, at most, that teal_standins leaves out whole
 STEPS = 20  # quantiles in a file: 0, 1/20, ..., 19/20
+MOST = 0.65  # with MORE the last quantile in a file
 SAMPLE = 200_000  # numbers per layer and place, of which quantiles are taken
 WARM_UP_INDEX = 25
 
@@ -83,8 +85,8 @@ class Partial:
         out = attention.attend(q.transpose(1, 2), k, v, step)  # (1, 9, 1, 64)
         out = self.leave_out(out.transpose(1, 2).flatten(2), "wo")  # -> (1, 1, 9, 64) -> (1, 1, 576)
         if step.trace is not None:
-            of_wo = attention.wo.weight.numel() / sum(weight.numel() for weight in attention.parameters())
-            step.trace.record_unread(self.layer_id, "attention", mix(zeros(normed), zeros(out), of_wo))
+            unread = mix(zeros(normed), zeros(out), share_of_wo(attention))
+            step.trace.record_unread(self.layer_id, "attention", unread)
         return x + attention.wo(out)
 
     def add_feed_forward(self, h, step, active=None):
@@ -161,8 +163,8 @@ def make(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=N
     Teal with thresholds from the calibration text `tokens`, (batch, seq), from the file `fitted` that
     experiments/fit_teal.py writes, or from text that the model writes. shares: {place: share of its inputs}.
     """
-    if not 0 <= skip <= (STEPS - 1) / STEPS:
-        raise ValueError(f"--skip {skip}: teal leaves out a share from 0 to {(STEPS - 1) / STEPS} of what it reads")
+    if not 0 <= skip <= MOST:
+        raise ValueError(f"--skip {skip}: teal leaves out a share from 0 to {MOST} of what it reads")
     if tokens is not None:
         quantiles = find_quantiles(model, as_windows(tokens))
     elif fitted is not None:
@@ -170,7 +172,7 @@ def make(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=N
     else:
         note("[no quantiles for this checkpoint: those of text that it writes (experiments/fit_teal.py: of a text)]")
         quantiles = find_quantiles(model, as_windows(written_text(model, 4, 128, seed)))
-    shares = shares or dict(feed_forward=skip, w2=skip)
+    shares = shares or of_blocks(skip)
     on_a_cpu = model.tok_embeddings.weight.device.type == "cpu"
     if not on_a_cpu or parallel.size > 1 or "gate" in shares:
         note("[what is left out is set to zero here: the text is the same, and no time is saved]")
@@ -179,10 +181,20 @@ def make(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=N
     return Teal(thresholds(quantiles, shares), warm_up_index, skip)
 
 
+def of_blocks(skip):
+    """{place: share of its inputs} that leave out the share `skip` of a block's bytes, whose w2 is a third of them."""
+    return dict(feed_forward=skip * (3 - MORE) / 2, w2=skip * MORE)
+
+
+def share_of_wo(attention):
+    return attention.wo.weight.numel() / sum(weight.numel() for weight in attention.parameters())
+
+
 def teal_all(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=None):
     """The same of every matrix of the layers."""
-    shares = dict.fromkeys(PLACES[:4], skip)
-    return make(model, skip, warm_up_index, tokens, seed, fitted, shares)
+    of_wo = share_of_wo(model.layers[0].attention)
+    shares = dict(attention=skip * (1 - of_wo * MORE) / (1 - of_wo), wo=skip * MORE)
+    return make(model, skip, warm_up_index, tokens, seed, fitted, shares | of_blocks(skip))
 
 
 def cats(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=None):

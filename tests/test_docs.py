@@ -354,7 +354,10 @@ def as_dicts(lines):
     return found
 
 
-@pytest.mark.parametrize("page, least", [("docs/results.md", 20), ("docs/speed.md", 8), ("docs/standins.md", 10), ("docs/teal.md", 5)])
+FIGURES = ("docs/results.md", 20), ("docs/speed.md", 8), ("docs/standins.md", 10), ("docs/teal.md", 5)
+
+
+@pytest.mark.parametrize("page, least", FIGURES)
 def test_the_figures_are_those_of_the_results(page, least, capsys, monkeypatch):
     """A page may leave out rows, and columns that are empty in those it shows."""
     monkeypatch.chdir(ROOT)
