@@ -14,7 +14,7 @@ Meta's params.json may name a context length, "max_seq_len" (default 4096), and 
 "rope_scaling_factor" (default 8).
 
 Files are mapped, and a tensor is copied only where it must change (rotary permutation, another dtype, merging of
-shards, dequantisation), one tensor after the other.
+shards, dequantisation, and on some CPUs small matrices by columns: fast/one_row.py), one tensor after the other.
 
 References:
 1) how Meta splits its checkpoints: https://github.com/meta-llama/llama/blob/main/llama/model.py
@@ -32,7 +32,7 @@ from unittest.mock import patch
 
 import torch
 
-from fast import accelerate, compare, parallel
+from fast import accelerate, compare, one_row, parallel
 from model import ModelArgs, Transformer
 from support import common
 from support.checkpoint_report import describe, save
@@ -61,16 +61,16 @@ def load_model(path, device="cpu", dtype=None):
     args, names, read = read_checkpoint(path)
     model = parallel.connect(empty_model(parallel.local(args)))
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    weights, stored, asked = {}, set(), dtype
+    weights, kinds, asked = {}, set(), dtype
     for name, shape in common.progress(expected.items(), "weights"):
         with load_errors(path):
             tensor = read(name, dtype)
             check_tensor(path, name, tensor, shape)
-            stored.add(str(tensor.dtype).removeprefix("torch."))
+            kinds.add(str(tensor.dtype).removeprefix("torch."))
             dtype = dtype or tensor.dtype  # of the embedding, which comes first
-            weights[name] = tensor.to(device, dtype)  # the mapped tensor itself, where nothing about it changes
-    if asked is None and len(stored) > 1:
-        kinds, own = " and ".join(sorted(stored)), str(dtype).removeprefix("torch.")
+            weights[name] = one_row.stored(name, tensor, device, dtype)  # the mapped one, where nothing changes
+    if asked is None and len(kinds) > 1:
+        kinds, own = " and ".join(sorted(kinds)), str(dtype).removeprefix("torch.")
         note(f"[{path}: holds tensors in {kinds}: all are read in {own}, the embedding's; --dtype chooses another]")
     model.load_state_dict(weights, strict=True, assign=True)
     return accelerate(model.eval().requires_grad_(False))

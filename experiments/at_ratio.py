@@ -46,7 +46,7 @@ def prompts_ratio(model, policy, prompts, context):
     for _, tokens, cache in with_shared_prefix(model, policy, prompts, 0, context):
         trace = Trace()
         model(tokens, cache, policy, trace=trace, last_only=True)
-        counts.append(count_blocks(trace.ran, trace.token_index, policy, context))
+        counts.append(count_blocks(trace.read, trace.token_index, policy, context))
     return ratios(counts)["ffn_skip_ratio"]
 
 
@@ -87,7 +87,7 @@ def at_ratio(name, model, skip, calibration, settings, warm_up_index, seed, opti
     """(policy, its ratio): a baseline or a policy of a file, brought as near to `skip` of the FFN blocks as it goes."""
     factory, own = policies.find_factory(name), {}  # own: arguments of four policies alone
     if policies.takes_fit(factory):
-        own["fitted"] = policies.find_fitted(options, common.find_checkpoint(options.ckpt))
+        own["fitted"] = policies.fit_of(factory, policies.find_fitted(options, common.find_checkpoint(options.ckpt)))
     if name == "skipdecode":
         own["target_len"] = calibration.target_len
     if name == "static":

@@ -49,9 +49,8 @@ import torch
 import plot
 from peers import make_peers
 
-from fast import accelerate, parallel
+from fast import accelerate, one_row, parallel
 from fast.graphs import add_graphs
-from fast.one_row import way_of_one
 from load_weights import load_model
 from model import KVCache, ModelArgs, Transformer
 from policies.standins import PARTS, StandIns, ready
@@ -70,7 +69,7 @@ COLUMNS = """variant ffn_skip_ratio columns prefill_tokens_per_s decode_tokens_p
 share_of_read speedup speedup_bound share_of_saving of_llama_cpp of_transformers gflops_saved""".split()
 FIELDS = """commit device threads dtype model batch prompt steps repeats read_gb_per_s peak_memory_bytes readback_us
 versions command""".split() + COLUMNS
-WAYS = ["linear", "native linear", "mv", "native mv"]  # native: without oneDNN; see one_row.way_of_one
+WAYS = ["linear", "native linear", "mv", "native mv", "columns"]  # native: without oneDNN; see fast/one_row.py
 
 
 def make_plan(n_layers, skip, tokens, batch=1, seed=0):
@@ -184,10 +183,11 @@ def random_model(options, device):
     with torch.device("meta"):
         model = parallel.connect(Transformer(parallel.local(args))).to(getattr(torch, options.dtype or "bfloat16"))
     model = model.to_empty(device=device).eval().requires_grad_(False)
-    for weight in model.parameters():
+    for name, weight in model.named_parameters():
         weight.fill_(1)  # norms
         if weight.dim() > 1:
             weight.uniform_(-1, 1).mul_((3 / weight.size(1)) ** 0.5)
+        weight.data = one_row.stored(name, weight.data, device, weight.dtype)
     return accelerate(model), f"{options.shape} with {args.n_layers} layers, random"
 
 
@@ -283,7 +283,10 @@ def add_peer_ratios(rows):
 
 
 def multiply(way, x, weight):
-    """A weight by x, (dim,), in one of the WAYS."""
+    """A weight by x, (dim,), in one of the WAYS; for "columns" it must be stored so."""
+    if way == "columns":
+        parts = math.gcd(torch.get_num_threads(), len(weight))
+        return one_row.sum_of_columns(one_row.with_columns(x, parts), one_row.table_of(weight, parts))
     before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, not way.startswith("native")
     out = torch.mv(weight, x) if way.endswith("mv") else torch.nn.functional.linear(x, weight)
     torch.backends.mkldnn.enabled = before
@@ -291,19 +294,26 @@ def multiply(way, x, weight):
 
 
 def time_products(model, repeats=5):
-    """Print the milliseconds that all products of a token take in each way; * marks the one that one_row.py takes."""
-    weights = [weight for weight in model.parameters() if weight.dim() == 2]
-    if model.output is not None:
-        weights.remove(model.tok_embeddings.weight)  # of which a token reads a row
-    taken, best = way_of_one(weights[0].dtype), dict.fromkeys(WAYS, math.inf)
-    for _ in range(repeats):
-        for way in random.sample(WAYS, len(WAYS)):
-            seconds = 0.0
-            for weight in weights:
-                seconds += timed(multiply, way, torch.ones(weight.size(1), dtype=weight.dtype), weight)
-            best[way] = min(best[way], seconds)
-    for way, seconds in best.items():
-        print(f"{way:>14} {1e3 * seconds:8.2f} ms{' *' if way == taken else ''}")
+    """
+    Print, per shape of a matrix, the milliseconds that all products of a token with such matrices take in each way, and
+    which one fast/one_row.py takes.
+    """
+    weights = {}
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and (weight is not model.tok_embeddings.weight or model.output is None):
+            weights.setdefault((*weight.shape, one_row.is_by_columns(weight)), []).append(weight)
+    print(f"{'matrices':>22}" + "".join(f"{way:>15}" for way in WAYS) + "  taken")
+    for (rows, columns, by_columns), some in weights.items():
+        best = dict.fromkeys(WAYS, math.inf)
+        for way in WAYS:
+            for weight in some:  # one layout after the other, so that there is no second copy
+                weight.data = one_row.by_columns(weight) if way == "columns" else weight.contiguous()
+            for _ in range(repeats):
+                x = torch.ones(columns, dtype=some[0].dtype)
+                best[way] = min(best[way], sum(timed(multiply, way, x, weight) for weight in some))
+        taken = "columns" if by_columns else one_row.way_of_one(some[0].dtype)
+        title = f"{len(some)} of {rows} x {columns}"
+        print(f"{title:>22}" + "".join(f"{1e3 * best[way]:12.2f} ms" for way in WAYS) + f"  {taken}")
 
 
 def check_out(path):

@@ -53,6 +53,7 @@ from tasks import TASKS, WRITTEN, Context, held_out, spread_windows
 import policies
 from load_weights import load_model, load_tokenizer
 from model import dense
+from policies import teal
 from policies.baselines import POLICIES, written_text
 from policies.ledger import InPrompt
 from support import common
@@ -216,8 +217,8 @@ def shared_settings(options, settings, ckpt, model):
         shared["windows"] = "all over the text"
     files = dict(data=options.data, calibration=options.calibration)
     for name in options.policies:
-        if name not in OWN and policies.takes_fit(policies.find_factory(name)):
-            files["fit"] = policies.find_fitted(options, ckpt)
+        if name not in OWN and name not in teal.POLICIES and policies.takes_fit(policies.find_factory(name)):
+            files["fit"] = policies.find_fitted(options, ckpt)[policies.STANDINS]
     for name, file in files.items():
         shared[f"{name}_checksum"] = common.checksum(file)
     return shared | dict(weights_checksum=common.fingerprint(model))
@@ -292,11 +293,12 @@ def main(argv=None):
         row.settings = table.settings
         row.dense_scores = table.dense_scores()
         result = run(model, tokenizer, in_place, data, row)
-        ratio, bytes_saved = result.pop("ffn_skip_ratio"), None
-        if ratio is not None:  # what a policy reads to decide (for confidence, the output head) is not taken off
+        ratio, unread, bytes_saved = result.pop("ffn_skip_ratio"), result.pop("unread_ratio"), None
+        if unread is not None:  # what a policy reads to decide (for confidence, the output head) is not taken off
             layer = bytes_per_skip(name, model)[0]
-            blocks = getattr(policy, "as_blocks", ratio)
-            bytes_saved = blocks * model.args.n_layers * layer / sum(common.weight_bytes(model).values())
+            if not unread:  # no feed-forward block is spared, but perhaps others
+                unread = getattr(policy, "as_blocks", 0.0)
+            bytes_saved = unread * model.args.n_layers * layer / sum(common.weight_bytes(model).values())
         columns = dict(calibrated_ratio=calibrated, ffn_skip_ratio=ratio, ffn_saved_ratio=result.pop("ffn_saved_ratio"))
         columns |= dict(bytes_saved=bytes_saved, **result, seconds=round(time.time() - begin, 1))
         columns["setting"] = describe(policy)

@@ -316,7 +316,7 @@ def parse_args(argv):
 def main(argv=None):
     options = parse_args(argv)
     ckpt = common.find_checkpoint(options.ckpt)
-    out = Path(options.out) if options.out else policies.fitted_path(ckpt)
+    out = Path(options.out) if options.out else common.beside(ckpt, policies.STANDINS)
     common.check_outputs(out)
     tokenizer, model = load(ckpt, common.find_device(options.device), options.dtype)
     if not 0 <= options.rank <= model.args.dim:

@@ -53,7 +53,7 @@ class SkipLM(TemplateLM):
             common.note(f"[{self.context.label}: texts longer than the context of {length} lose their beginning]")
 
     def count(self, trace):
-        self.counts.append(count_blocks(trace.ran, trace.token_index, self.policy, self.context))
+        self.counts.append(count_blocks(trace.read, trace.token_index, self.policy, self.context))
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False):

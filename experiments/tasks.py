@@ -110,16 +110,21 @@ def policy_warm_up(policy, context):
     return getattr(policy, "warm_up_index", context.warm_up_index)
 
 
-def count_blocks(ran, token_index, policy, context):
-    """FFN blocks [skipped, of all] past the warm-up, then the same over all generated tokens; see tracing.Trace."""
-    warm_up_index = policy_warm_up(policy, context)
-    return [*saved_blocks(ran, token_index, warm_up_index), *saved_blocks(ran, token_index, -1)]
+def count_blocks(read, token_index, policy, context):
+    """
+    FFN blocks [skipped, of all] past the warm-up, the same over all generated tokens, and as how many blocks past the
+    warm-up all that was not read counts, from Trace.read, (layer, ..., token).
+    """
+    warm_up_index, ran = policy_warm_up(policy, context), read > 0
+    unread = (1 - read[:, token_index > warm_up_index]).sum().item()
+    return [*saved_blocks(ran, token_index, warm_up_index), *saved_blocks(ran, token_index, -1), unread]
 
 
 def ratios(counts):
-    """ffn_skip_ratio and ffn_saved_ratio from a list of what count_blocks gave; None where no token was counted."""
-    skipped, past, saved, generated = map(sum, zip(*counts))
+    """The ratios of a list of what count_blocks gave; None where no token was counted."""
+    skipped, past, saved, generated, unread = map(sum, zip(*counts))
     return dict(
+        unread_ratio=unread / past if past else None,
         ffn_skip_ratio=skipped / past if past else None,
         ffn_saved_ratio=saved / generated if generated else None,
     )
@@ -185,9 +190,9 @@ def perplexity(model, tokenizer, policy, text, context):
         generated.append(score[0].mean().item())
         past.append(score[:, context.first :].mean(1).tolist())
         row = number % context.rows  # of its batch
-        ran, token_index = trace.ran[:, row], trace.token_index[row]  # (layer, token), (token,)
-        counts.append(count_blocks(ran, token_index, policy, context))
-        blocks.append(ran)
+        shares, token_index = trace.read[:, row], trace.token_index[row]  # (layer, token), (token,)
+        counts.append(count_blocks(shares, token_index, policy, context))
+        blocks.append(shares > 0)
         missing += attended_missing(cache).sum().item()
         read += (cache.written * torch.arange(1, cache.max_seq_len + 1)).sum().item()
     nll, kl, top1 = map(list, zip(*past))
@@ -242,10 +247,10 @@ def write_texts(model, tokenizer, policy, prompts, context, stop=True):
             for ids, token in zip(written, column):
                 if token is not None and token not in eos_ids:
                     ids.append(token)
-        ran, token_index = trace.ran, trace.token_index  # (layer, batch, token), (batch, token)
+        read, token_index = trace.read, trace.token_index  # (layer, batch, token), (batch, token)
         for row, i in enumerate(batch):
-            own = ran[:, row], token_index[row]
-            texts[i] = Text(written[row], count_blocks(*own, policy, context), *own)
+            counts = count_blocks(read[:, row], token_index[row], policy, context)
+            texts[i] = Text(written[row], counts, read[:, row] > 0, token_index[row])
     return texts
 
 
@@ -301,7 +306,7 @@ def factoid(model, tokenizer, policy, questions, context):
             token_index[row, n:] = -1  # what a row writes beside the others after its answer counts for nothing
         for i, text in zip(group, texts):
             answers[i] = normalise(text.strip().split("\n")[0])
-        counts.append(count_blocks(trace.ran, token_index, policy, context))
+        counts.append(count_blocks(trace.read, token_index, policy, context))
     right, inside = [], []
     for i, (_, names) in enumerate(questions):
         names = {normalise(name) for name in names}
@@ -404,7 +409,7 @@ def write_answers(model, tokenizer, policy, records, context):
         new, talks = [], [[] for _ in some]  # talks: turns of user and assistant
         for record in some:
             answer = dict(record, answer_id=uuid.uuid4().hex[:22], model_id=context.answers.stem, tstamp=time.time())
-            new.append(answer | dict(turns=len(record["turns"]), counts=[0] * 4, tokens=0, loop=0, cut=0))
+            new.append(answer | dict(turns=len(record["turns"]), counts=[0] * 5, tokens=0, loop=0, cut=0))
         for turn in range(max(answer["turns"] for answer in new)):
             asked, prompts = [], []
             for record, answer, talk in zip(some, new, talks):

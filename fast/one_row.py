@@ -3,14 +3,20 @@ One row on a CPU. Decoding a single text is bound by how fast the weights are re
 differs between CPUs by up to two times. It is chosen by dtype and by what the CPU can do, never by a clock, so that one
 machine gives the same bits with the same number of threads; `python experiments/bench.py --products` shows every way on
 yours. More rows, other devices and sharded weights are left to PyTorch, whose functions give the same up to rounding.
+
+Small matrices are stored by columns. W x is then a sum of columns, each by its number in x, which torch.embedding_bag
+computes in float32, to the same bits with any number of threads; and a column that is left out need not be read.
 """
 
+import functools
+import math
 import sys
 import threading
 from contextlib import contextmanager
 from ctypes import c_float
 from weakref import WeakKeyDictionary
 
+import numpy
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -20,6 +26,7 @@ from fast import parallel
 
 FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")  # on CUDA one kernel for four, to the same bits
 AMX, AVX512_BF16 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+SMALL = 2**20  # numbers of a matrix up to which columns are faster for one row, and no slower for many
 here = threading.local()  # .way: how this thread's pass multiplies its one row; None: it is not of one row on a CPU
 native = threading.Lock(), []  # one entry per pass of any thread that is under way without oneDNN
 
@@ -76,6 +83,63 @@ def linear(x, weight):
     return F.linear(x, weight) if x.dim() > 1 or way() in (None, "linear") else torch.mv(weight, x)
 
 
+def stored(name, weight, device, dtype):
+    """A tensor of a model as it is read fastest there, a matrix perhaps by columns; its shape stays."""
+    small = name.startswith("layers.") and weight.dim() == 2 and weight.numel() <= SMALL
+    if small and torch.device(device).type == "cpu" and dtype == torch.bfloat16 and (AMX or AVX512_BF16):
+        return by_columns(weight, dtype)
+    return weight.to(device, dtype)
+
+
+def by_columns(weight, dtype=None):
+    """A copy of a matrix (out, in), whose columns lie one after the other in memory."""
+    return torch.empty_like(weight.t(), dtype=dtype, memory_format=torch.contiguous_format).copy_(weight.t()).t()
+
+
+def is_by_columns(weight):
+    return weight.t().is_contiguous()
+
+
+def table_of(weight, parts):
+    """A matrix by columns as rows that are parts of its columns: (576, 1536) -> (1536, 576) -> (3072, 288), of two."""
+    return weight.t().view(-1, weight.size(0) // parts)
+
+
+@functools.lru_cache
+def all_columns(n, parts):
+    """For torch.embedding_bag, the rows that are the parts of n columns; part 0 of a column is row `column * parts`."""
+    return (torch.arange(n) * parts + torch.arange(parts)[:, None]).flatten()
+
+
+@functools.lru_cache(2**15)
+def offsets(n, parts):
+    """Where each part begins among the rows of n columns."""
+    return torch.arange(parts) * n
+
+
+def with_columns(x, parts):
+    """x, (in,), with every column: what sum_of_columns reads."""
+    return x if parts == 1 else x.repeat(parts), all_columns(len(x), parts), offsets(len(x), parts)
+
+
+def with_some_columns(x, low, parts):
+    """The same without the numbers of x below low, whose columns are then not read. numpy finds them soonest."""
+    numbers = x.float().numpy()
+    columns = numpy.flatnonzero(numpy.abs(numbers) >= low)
+    numbers, n = numbers[columns], len(columns)
+    if parts > 1:
+        numbers = numpy.tile(numbers, parts)
+        columns = numpy.concatenate([columns * parts + part for part in range(parts)])
+    return torch.from_numpy(numbers).to(x.dtype), torch.from_numpy(columns), offsets(n, parts)
+
+
+def sum_of_columns(inputs, weight):
+    """The matrix of table_of(weight, parts) by inputs, from with_columns. A part of the outputs is one thread's."""
+    x, rows, begins = inputs
+    out = torch.embedding_bag(weight, rows, begins, mode=0, per_sample_weights=x)[0]
+    return out.view(-1)  # (2, 288) -> (576,)
+
+
 class Squares:
     """
     The last state (1, 1, dim) that was asked for, in float32, and the sum of its squares. Two norms and the cosine
@@ -117,12 +181,18 @@ class Layer:
     views per product, and without modules, whose calls and searches take as long as a small model's products.
     """
 
+    partial = low = unread = None  # of one that leaves out inputs: thresholds, and which shares it left out last
+
     def __init__(self, layer, cache, squares):
         attention, block = layer.attention, layer.feed_forward
         self.layer, self.layer_id, self.attend, self.squares = layer, layer.layer_id, attention.attend, squares
+        matrices = attention.wq, attention.wk, attention.wv, attention.wo, block.w1, block.w2, block.w3
+        weights, self.parts = [matrix.weight for matrix in matrices], 0
         self.product = F.linear if way() == "linear" else multiply
-        self.wq, self.wk, self.wv = attention.wq.weight, attention.wk.weight, attention.wv.weight
-        self.wo, self.w1, self.w2, self.w3 = attention.wo.weight, block.w1.weight, block.w2.weight, block.w3.weight
+        if all(map(is_by_columns, weights)):
+            self.product, self.parts = sum_of_columns, math.gcd(torch.get_num_threads(), *map(len, weights))
+            weights = [table_of(weight, self.parts) for weight in weights]
+        self.wq, self.wk, self.wv, self.wo, self.w1, self.w2, self.w3 = weights
         self.norm_1, self.norm_2, self.eps = layer.attention_norm.weight, layer.ffn_norm.weight, layer.ffn_norm.eps
         self.n_heads, self.head_dim = attention.args.n_heads, attention.args.head_dim
         self.k, self.keys, self.values = cache.k, cache.k[self.layer_id], cache.v[self.layer_id]  # (1, 3, 100, 64)
@@ -138,7 +208,7 @@ class Layer:
         if active is not None or x.numel() != x.size(-1) or step.cache.k is not self.k:
             return self.layer.add_attention(x, step, active)
         product, column = self.product, step.cache.length
-        normed = self.squares.norm(x, self.norm_1, self.eps)
+        normed = self.inputs(self.squares.norm(x, self.norm_1, self.eps), 0)
         queries_keys = torch.cat((product(normed, self.wq), product(normed, self.wk)))  # one rotation for both
         pairs = torch.view_as_complex(queries_keys.float().view(-1, self.head_dim // 2, 2))  # -> (12, 32)
         turned = torch.view_as_real(pairs * step.freqs_cis).view(-1, self.head_dim)  # -> (1, 1, 12, 32, 2) -> (12, 64)
@@ -147,7 +217,11 @@ class Layer:
         self.written[column] = True
         q = turned[: self.n_heads].type_as(x).view(1, self.n_heads, 1, self.head_dim)
         out = self.attend(q, self.keys.narrow(2, 0, column + 1), self.values.narrow(2, 0, column + 1), step)
-        return x + self.add_up(product(out.reshape(-1), self.wo))
+        out = product(self.inputs(out.reshape(-1), 1), self.wo)
+        if self.low is not None and step.trace is not None:
+            unread = self.unread[0] * (1 - self.of_wo) + self.unread[1] * self.of_wo
+            step.trace.record_unread(self.layer_id, "attention", unread)
+        return x + self.add_up(out)
 
     def add_feed_forward(self, h, step, active=None):
         if active is not None and not active.any():
@@ -155,11 +229,37 @@ class Layer:
         if h.numel() != h.size(-1):
             return self.layer.add_feed_forward(h, step, active)
         product = self.product
-        normed = self.squares.norm(h, self.norm_2, self.eps)
-        out = product(F.silu(product(normed, self.w1)) * product(normed, self.w3), self.w2)
+        normed = self.inputs(self.squares.norm(h, self.norm_2, self.eps), 2)
+        out = product(self.inputs(F.silu(product(normed, self.w1)) * product(normed, self.w3), 3), self.w2)
         if step.trace is not None:
             step.trace.record_ran(self.layer_id, active)
+            if self.low is not None:
+                step.trace.record_unread(self.layer_id, "feed_forward", (2 * self.unread[2] + self.unread[3]) / 3)
         return h + self.add_up(out)
+
+    def inputs(self, x, place):
+        """x, (in,), as self.product takes it: itself, or with the columns that it weights."""
+        if not self.parts:
+            return x
+        if self.low is None or not self.low[place]:
+            return with_columns(x, self.parts)
+        some = with_some_columns(x, self.low[place], self.parts)
+        self.unread[place] = 1 - len(some[0]) / len(x) / self.parts
+        return some
+
+    def leaving_out(self, low):
+        """
+        This layer without the inputs below low, four thresholds: of wq, wk and wv, of wo, of w1 and w3, and of w2. None
+        if its matrices are not by columns, or are divided among processes.
+        """
+        if not self.parts or parallel.size > 1:
+            return None
+        if self.partial is None or self.partial.low is not low:
+            attention = self.layer.attention
+            of_wo = attention.wo.weight.numel() / sum(weight.numel() for weight in attention.parameters())
+            self.partial = Layer.__new__(Layer)
+            vars(self.partial).update(vars(self), low=low, unread=[0.0] * 4, of_wo=of_wo)
+        return self.partial
 
     def add_up(self, out):
         """The output of a block; of several processes, summed over them, which a hook does for model.py's layers."""

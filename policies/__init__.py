@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy
 
 from model import dense
-from policies import baselines, ledger, standins
+from policies import baselines, ledger, standins, teal
 from skip import FFNSkip
 from support.common import HERE, LoadError, beside, first_line, made_for, model_name, note, policy_files, read_json
 
-FACTORIES = {"standins": standins.make, **baselines.POLICIES, **ledger.LEDGER}
+FACTORIES = {"standins": standins.make, **teal.POLICIES, **baselines.POLICIES, **ledger.LEDGER}
+STANDINS = "standins.safetensors"
 
 
 def add_skip_arguments(parser):
@@ -39,7 +40,7 @@ def add_skip_arguments(parser):
 def find_policy(name, model, settings=None, skip=None, warm_up_index=None, tokens=None, seed=0, fitted=None):
     """
     The policy called `name`: dense, ffnskip (from its settings), one of FACTORIES, or FILE.py:FACTORY. skip,
-    warm_up_index: None for what the settings or the policy say. `fitted`, the file of a fit, is for a factory that has
+    warm_up_index: None for what the settings or the policy say. `fitted`, from find_fitted, is for a factory that has
     an argument of that name. Raises ValueError.
     """
     if name == "dense":
@@ -62,7 +63,7 @@ def find_policy(name, model, settings=None, skip=None, warm_up_index=None, token
         arguments["warm_up_index"] = warm_up_index
     try:
         if takes_fit(make):
-            arguments["fitted"] = fitted
+            arguments["fitted"] = fit_of(make, fitted or {})
         inspect.signature(make).bind(model, skip, **arguments)
     except TypeError as error:
         signature = "(model, skip, warm_up_index=None, tokens=None, seed=0)"
@@ -133,8 +134,13 @@ def load_module(path):
 
 
 def takes_fit(factory):
-    """Whether a policy's factory has a parameter `fitted`, the path of a file by experiments/fit_standins.py."""
+    """Whether a policy's factory has a parameter `fitted`, the path of a file that belongs to the checkpoint."""
     return "fitted" in inspect.signature(factory).parameters
+
+
+def fit_of(factory, fitted):
+    """The file of find_fitted's that a factory wants: teal.json for those that say so, else stand-ins; maybe None."""
+    return fitted.get(getattr(factory, "fit", STANDINS))
 
 
 def find_settings(options, ckpt, n_layers):
@@ -202,14 +208,14 @@ def default_out(given, path):
     return Path("out", path.name)
 
 
-def fitted_path(ckpt):
-    """Where experiments/fit_standins.py leaves its fit of a checkpoint."""
-    return beside(ckpt, "standins.safetensors")
-
-
 def find_fitted(options, ckpt):
-    """The fit that --standins names, or one beside the checkpoint or under config/; None if there is none."""
-    return options.standins or find_file(fitted_path(ckpt), f"{model_name(ckpt)}.standins.safetensors")
+    """{kind: the file of that kind beside the checkpoint or under config/, or that --standins names; None for none}."""
+    found = {}
+    for kind in STANDINS, "teal.json":
+        found[kind] = find_file(beside(ckpt, kind), f"{model_name(ckpt)}.{kind}")
+    if options.standins:
+        found[STANDINS] = options.standins
+    return found
 
 
 def find_file(path, shipped):

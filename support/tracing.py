@@ -15,6 +15,8 @@ class Pass:
     real: torch.Tensor  # (batch, seq) bool: the tokens that are no padding
     ran: list = field(default_factory=list)
     cosine: list = field(default_factory=list)
+    attention: list = field(default_factory=list)
+    feed_forward: list = field(default_factory=list)
 
 
 class Trace:
@@ -40,6 +42,19 @@ class Trace:
 
     def record_cosine(self, layer_id, sim_score, compared):
         self.passes[-1].cosine.append((layer_id, sim_score, compared))
+
+    def record_unread(self, layer_id, part, shares, active=None):
+        """Which share of the weights of a part, "attention" or "feed_forward", each token left out though it ran."""
+        getattr(self.passes[-1], part).append((layer_id, shares, active))
+
+    def unread(self, part):
+        """(layer, batch, token) fp32: that share; 0 where nothing was left out, or the whole part did not run."""
+        return self.collect(part, nothing=0.0)
+
+    @property
+    def read(self):
+        """(layer, batch, token) fp32: the share of each FFN block's weights that a token needed, 0 of one skipped."""
+        return self.ran * (1 - self.unread("feed_forward"))
 
     @property
     def token_index(self):

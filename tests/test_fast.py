@@ -269,6 +269,47 @@ def test_a_step_with_another_cache_leaves_the_real_one_alone():
         assert torch.equal(logits, model(torch.tensor([[token]]), other)) and torch.equal(cache.k, other.k)
 
 
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(["bfloat16", "float32"]), st.integers(0, 9))
+def test_a_sum_of_columns_is_the_product_whatever_the_number_of_parts(n_in, n_out, dtype, seed):
+    """Summed in float32, to the same bits with one, two or four parts; and columns left out count as zero."""
+    dtype, draw = getattr(torch, dtype), torch.Generator().manual_seed(seed)
+    weight = one_row.by_columns(torch.randn(4 * n_out, n_in, generator=draw).to(dtype))
+    x = torch.randn(n_in, generator=draw).to(dtype)
+    expected = (weight.double() @ x.double()).to(dtype)
+    for low in 0.0, 0.7, 99.0:
+        outs = []
+        for parts in 1, 2, 4:
+            inputs = one_row.with_some_columns(x, low, parts)
+            outs.append(one_row.sum_of_columns(inputs, one_row.table_of(weight, parts)))
+        kept = torch.where(x.float().abs() < low, 0, x)
+        expected = (weight.double() @ kept.double()).to(dtype)
+        assert torch.allclose(outs[0], expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+        assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    every = one_row.sum_of_columns(one_row.with_columns(x, 2), one_row.table_of(weight, 2))
+    assert torch.equal(every, one_row.sum_of_columns(one_row.with_some_columns(x, 0.0, 1), one_row.table_of(weight, 1)))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_model_by_columns_computes_and_holds_the_same(parts, monkeypatch):
+    """Its names and shapes stay, one row of it is summed by columns, and decisions are the plain model's."""
+    monkeypatch.setattr(one_row, "AMX", True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: parts)
+    model = accelerate(tiny_model(dtype=torch.bfloat16))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    ids, policy = random_ids(24), FFNSkip(0, model.args.n_layers, 0.9, warm_up_index=1, k=1)
+    by_rows, _, _ = decode(model, ids, policy, prompt_len=2)
+    for name, weight in model.named_parameters():
+        weight.data = one_row.stored(name, weight.data, "cpu", weight.dtype)
+    assert one_row.is_by_columns(model.layers[1].feed_forward.w2.weight)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    with mock.patch.object(one_row, "sum_of_columns", side_effect=one_row.sum_of_columns) as sums:
+        logits, cache, trace = decode(model, ids, policy, prompt_len=2)
+        assert sums.call_count > 22 * 4 * model.args.n_layers  # attention's four, and some blocks
+    assert close(logits, by_rows, 0.02) and cache.complete()
+    plain_logits, _, plain_trace = decode(plain(model), ids, policy, prompt_len=2)
+    assert close(logits, plain_logits, 0.02) and torch.equal(trace.ran, plain_trace.ran)
+
+
 @pytest.mark.parametrize("amx", [True, False])
 def test_threads_do_not_disturb_each_other(amx, monkeypatch):
     """Each with a cache of its own, on either kind of CPU; and PyTorch is left as it was."""

@@ -37,14 +37,15 @@ def test_repetition_by_hand():
 
 
 def test_counts_and_ratios_by_hand():
-    ran = torch.tensor([[1, 1, 1, 0, 1], [1, 1, 0, 0, 1]]).bool()  # (2 layers, 5 tokens)
+    read = torch.tensor([[1, 1, 0.5, 0, 1], [1, 1, 0, 0, 0.75]])  # (2 layers, 5 tokens)
     token_index, policy = torch.tensor([-1, 0, 1, 2, 3]), SimpleNamespace(warm_up_index=1)
-    assert tasks.count_blocks(ran, token_index, policy, Context()) == [2, 4, 3, 8]
-    assert tasks.count_blocks(ran, token_index, dense, Context(warm_up_index=0)) == [3, 6, 3, 8]  # dense has none
-    both = tasks.count_blocks(ran[:, None].expand(2, 3, 5), token_index.expand(3, 5), policy, Context())
-    assert both == [6, 12, 9, 24]  # of three rows
-    assert tasks.ratios([[2, 4, 3, 8], [0, 4, 0, 8]]) == dict(ffn_skip_ratio=2 / 8, ffn_saved_ratio=3 / 16)
-    assert tasks.ratios([[0, 0, 1, 8]]) == dict(ffn_skip_ratio=None, ffn_saved_ratio=1 / 8)
+    assert tasks.count_blocks(read, token_index, policy, Context()) == [2, 4, 3, 8, 2.25]
+    assert tasks.count_blocks(read, token_index, dense, Context(warm_up_index=0)) == [3, 6, 3, 8, 3.75]  # has none
+    both = tasks.count_blocks(read[:, None].expand(2, 3, 5), token_index.expand(3, 5), policy, Context())
+    assert both == [6, 12, 9, 24, 6.75]  # of three rows
+    found = tasks.ratios([[2, 4, 3, 8, 2.25], [0, 4, 0, 8, 0]])
+    assert found == dict(unread_ratio=2.25 / 8, ffn_skip_ratio=2 / 8, ffn_saved_ratio=3 / 16)
+    assert tasks.ratios([[0, 0, 1, 8, 0]]) == dict(unread_ratio=None, ffn_skip_ratio=None, ffn_saved_ratio=1 / 8)
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
