@@ -63,7 +63,7 @@ OWN = "dense", "ffnskip"  # policies that no factory makes
 PLACES = "decoding", "prompt", "both"
 TEXT_TASKS = "perplexity", "warmup"
 SETTINGS = """task data ckpt dtype limit window decode max_new_tokens prompt_tokens per_class chat seed calibration
-calibration_tokens sim_threshold temperature margin rows""".split()  # what all rows of a table have in common
+calibration_tokens sim_threshold temperature margin rows prompt_skip""".split()  # what a table's rows have in common
 
 
 def edition(name):
@@ -162,6 +162,7 @@ def parse_args(argv):
         "or of a prompt from text (collapse, worstcase: 128)")
     add("--skip-in", type=listed(str), default=["decoding"], metavar="A,B", help="decoding, prompt, both: where to "
         "skip, with --prompt-tokens; the ratio is reached in decoding (default decoding)")
+    add("--prompt-skip", type=float, metavar="R", help="with --skip-in: the share to skip in the prompt, if not --skip")
     add("--rows", type=common.positive, default=1, metavar="N", help="perplexity: windows of text that are one batch, "
         "for --agree (default 1)")
     add("--temperature", type=float, default=0.0, metavar="T", help="of texts that the model writes (default 0)")
@@ -280,7 +281,13 @@ def main(argv=None):
         model_id = re.sub("[/:]", "_", f"{policy_edition}-{cell(skip)}-{match}") + (f"-{seed}" if seed else "")
         if warm_up_index != 25:
             model_id += f"-w{warm_up_index}"
-        in_place = InPrompt(policy, dense if place == "prompt" else policy) if place != "decoding" else policy
+        in_place = policy
+        if place != "decoding":
+            in_prompt = policy
+            if options.prompt_skip is not None:
+                args = calibration, settings, warm_up_index, seed, options
+                in_prompt, _ = make_policy(name, model, options.prompt_skip, *args)
+            in_place = InPrompt(in_prompt, dense if place == "prompt" else policy)
         answers = table.path.parent / table.name / f"{model_id}.jsonl"
         row = replace(context, warm_up_index=warm_up_index, label=label, answers=answers, scores={})
         row.settings = table.settings

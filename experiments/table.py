@@ -21,7 +21,7 @@ import torch
 from support import common
 from support.measuring import mean_interval, paired_interval
 
-UNSAID = dict(temperature=0.0, rows=1, margin=None, windows="in a row")  # where a table does not name the setting
+UNSAID = dict(temperature=0.0, rows=1, margin=None, prompt_skip=None, windows="in a row")  # if not in a table
 FEWEST = 5  # items that get an interval: a bootstrap of fewer says nothing
 AUTHORS = {"no_prune": "dense", "cosine_False": "ffnskip", "baseline_False": "static"}  # by log, inferred; else random
 

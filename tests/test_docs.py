@@ -286,13 +286,15 @@ def draft_speedup(accepted, cost, n):
 
 
 def test_no_policy_pays_as_a_draft_beyond_what_the_page_says():
-    best = 0.0
+    best = {True: 0.0, False: 0.0}  # of those that skip blocks, and of the others
     for row in results("perplexity.csv"):
         if row["policy"] != "dense":
-            cost = 1 - float(row["bytes_saved"])
-            best = max(best, *(draft_speedup(float(row["top1_agreement"]), cost, n) for n in range(1, 9)))
+            blocks, cost = row["policy"] not in teal.POLICIES, 1 - float(row["bytes_saved"])
+            for n in range(1, 9):
+                best[blocks] = max(best[blocks], draft_speedup(float(row["top1_agreement"]), cost, n))
     page = " ".join(read("docs/when-it-pays.md").split())
-    assert f"the best of (2) is {best:.2f}" in page
+    assert f"the best of (2) is {max(best.values()):.2f}" in page
+    assert f"of policies that skip blocks it is {best[True]:.2f}" in page and best[True] < 1.02
     assert f"{max(draft_speedup(0.9, 0.5, n) for n in range(1, 9)):.2f} at best" in page
 
 
@@ -318,6 +320,8 @@ def test_what_to_expect_is_what_was_measured():
             seen.add(device)
             continue
         for skip, cell in zip(wanted, found):
+            if not cell:
+                continue  # not measured
             same = [row for row in perplexities if (row["policy"], row["skip"], row["match"]) == (policy, skip, "ffn")]
             mean = sum(float(row["perplexity"]) for row in same) / len(same)
             assert cell == (f"{mean:.3g}" if mean < 1000 else f"{mean:.0f}"), (policy, skip)

@@ -240,6 +240,14 @@ def test_the_prompt_is_skipped_alone_or_too(run):
     for row, prompt, after in zip(rows, (False, True, True), (True, False, True)):
         assert (float(row["prompt_skip_ratio"]) > 0.05) == prompt and (float(row["ffn_skip_ratio"]) > 0.05) == after
         assert float(row["kl"]) > float(dense["kl"])
+    with pytest.raises(ValueError, match=r"other settings \(prompt_skip\)"):
+        run("perplexity", "text.raw", *flags, "--prompt-skip", 0.4)
+
+
+def test_the_prompt_has_a_share_of_its_own(run):
+    flags = ["--policies", "static", "--skip-in", "both", "--prompt-tokens", 30, "--limit", 128]
+    (row,) = run("perplexity", "text.raw", *flags, "--skip", 0.2, "--prompt-skip", 0.5)
+    assert float(row["prompt_skip_ratio"]) > 0.35 and abs(float(row["ffn_skip_ratio"]) - 0.2) < 0.06
 
 
 def test_windows_in_a_batch_agree(run):

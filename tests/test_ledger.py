@@ -10,6 +10,7 @@ from policies import find_policy, ledger
 from policies.baselines import attended_missing
 from policies.ledger import AdaSkip, AttentionDrop, Fixed, InPrompt, Together
 from skip import FFNSkip
+from support.cache import rewind
 from support.measuring import as_windows, compare_with_dense, measure, quality, replay, skip_ratio
 from support.tracing import Trace
 
@@ -43,7 +44,9 @@ def test_a_fixed_run_is_the_one_of_the_highest_cosines():
     cosines = measure(model, as_windows(tokens), 4).mean(0)
     means = [cosines[start : start + 3].mean().item() for start in range(6)]
     start = means.index(max(means))
-    assert sorted(ledger.fixed_run(model, 3 / 8, 4, tokens).order) == [start, start + 1, start + 2]
+    order = ledger.fixed_run(model, 3 / 8, 4, tokens).order
+    assert sorted(order) == [start, start + 1, start + 2]
+    assert cosines[order[-1]] == cosines[start : start + 3].min()  # which a share of the tokens skips, if it is a part
 
 
 def test_shuffled_decisions_are_ffnskips_of_other_tokens():
@@ -80,6 +83,23 @@ def test_adaskip_skips_what_changed_the_prompt_least():
     policy = AdaSkip(model, 0.5, -1, text(model, 4, seed=9))
     other, _ = ran(model, policy, text(model, 20, 40, seed=5), prompt_len=2)
     assert len({tuple(row) for row in other.ran[:, :, -1].T.tolist()}) > 1  # each text has its own
+
+
+def test_what_adaskip_knows_is_of_this_text_alone():
+    """Neither padding counts, nor a text that was in the cache before."""
+    model, tokens = tiny_model(n_layers=8), text(tiny_model(), 2, 30)
+    policy = AdaSkip(model, 0.4, -1, text(model, 4, seed=9))
+    cache, both = new_cache(model, 1), new_cache(model, 2)
+    alone, _ = ran(model, policy, tokens[1:, 12:], prompt_len=3, cache=cache)
+    known = cache.cosines
+    padded, _ = ran(model, policy, tokens, prompt_len=torch.tensor([9, 3]), pad=torch.tensor([0, 12]), cache=both)
+    assert torch.equal(padded.ran[:, 1, 12:], alone.ran[:, 0]) and close(both.cosines[:, 1:], known)
+    cache = new_cache(model, 1)
+    model(tokens[:1], cache, policy, prompt_len=20)
+    rewind(cache)
+    again = Trace()
+    model(tokens[1:, 12:], cache, policy, prompt_len=3, trace=again)
+    assert torch.equal(again.ran, alone.ran) and close(cache.cosines, known)
 
 
 def test_without_its_attention_a_layer_passes_the_state_on():
