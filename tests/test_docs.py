@@ -24,6 +24,7 @@ import evaluate
 import plot
 
 import generate
+from policies import teal
 from skip import FFNSkip
 from support.measuring import cold_regions, decisions, paired_interval, plan, saved_in_batches, variance_shares
 
