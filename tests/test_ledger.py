@@ -1,5 +1,8 @@
 """policies/ledger.py on tiny random models: who chooses what is skipped, by definition."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_baselines import ran, text
@@ -190,3 +193,12 @@ def test_the_prompt_and_the_rest_have_policies_of_their_own():
             assert torch.equal(got.ran, expected)
         assert got.ran[:, :, :12].all() == (prompt is dense) and got.ran[:, :, 12:].all() == (after is dense)
     assert replay(torch.ones(3, 8), one) > 0  # the settings skip
+
+
+def test_a_block_that_did_not_run_says_nothing_of_the_next(model):
+    """A row that would have run it, and was outvoted, has a cosine of 1 there, which must not reach a threshold."""
+    policy = Together(0, 4, 0.9, warm_up_index=-1, k=1, agree=0.5)
+    step = SimpleNamespace(token_index=torch.zeros(2, 1, dtype=torch.long), trace=None)
+    h = torch.randn(2, 1, model.args.dim)
+    assert policy.cosine(h, h, model.layers[1], step, [1, 0]) == [-math.inf] * 2
+    assert policy.cosine(h, h, model.layers[1], step, [0, 0]) == pytest.approx([1.0, 1.0])
