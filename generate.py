@@ -135,8 +135,8 @@ def parse_args(argv):
     add("--trace", metavar="FILE", help="write what was skipped: a page for the browser if FILE ends in .html, else "
         "CSV, one row per token")
     add = policies.add_skip_arguments(parser).add_argument
-    add("--policy", help="dense, ffnskip (the default where there are settings), standins, one of "
-        "policies/baselines.py, or FILE.py:FACTORY")
+    add("--policy", help="dense, ffnskip (the default where there are settings), another of policies/, which "
+        "docs/results.md lists, or FILE.py:FACTORY")
     add("--skip", type=float, metavar="R", help="share of all FFN blocks to skip past the warm-up")
     add("--warm-up-index", type=int, metavar="N", help="generated tokens 0 to N run in full; -1: none do")
     add("--skip-prompt", action="store_true", help="skip in the prompt as well, past its own warm-up")
@@ -186,8 +186,8 @@ def choose_policy(options, ckpt, model):
     if options.policy in (None, "ffnskip"):
         settings = policies.find_settings(options, ckpt, model.args.n_layers)
     name = options.policy or ("ffnskip" if settings or options.skip is not None else "dense")
-    if options.standins and name != "standins" and ":" not in name:
-        raise ValueError(f"--standins is for --policy standins, and the policy is {name}")
+    if options.standins and "standins" not in name and ":" not in name:
+        raise ValueError(f"--standins is for policies standins and teal_standins, and the policy is {name}")
     if options.compare and name == "dense":
         raise ValueError("--compare needs a policy to compare with: --policy NAME, or settings from calibrate.py")
     if options.policy is None and name == "dense":

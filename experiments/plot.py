@@ -31,7 +31,7 @@ from support import common
 COLOURS = dict(
     ffnskip="#0072B2", printed="#56B4E9", random="#999999", fixed="#999999", static="#E69F00", shortgpt="#D55E00",
     skipdecode="#CC79A7", statecopy="#009E73", earlyexit="#8B0000", checkerboard="#7B3FF2", standins="#117733",
-    authors="#332288",
+    authors="#332288", teal="#CC3311", teal_all="#CC3311", teal_standins="#CC3311", cats="#EE7733",
 )  # fmt: skip
 LINES = "-", "--", ":", "-."  # of policies of one colour
 WIDTH = 10  # inches, of every picture: as wide as a page shows it
@@ -86,10 +86,10 @@ def skip_layers(rows):
 
 
 def against_ratio(figure, rows):
-    """Perplexity and KL over the share of FFN blocks skipped."""
+    """Perplexity and KL over the share of bytes not read, since some policies skip no blocks."""
     figure.set_size_inches(WIDTH, 5)
     for axes, y in zip(figure.subplots(1, 2), ["perplexity_past_warm_up", "kl"]):
-        panel(axes, [row for row in rows if row["match"] == "ffn"], "ffn_skip_ratio", y, True)
+        panel(axes, [row for row in rows if row["match"] == "ffn"], "bytes_saved", y, True)
 
 
 def against_warm_up(figure, rows):

@@ -1,6 +1,6 @@
 """
 One row on a CPU. Decoding a single text is bound by how fast the weights are read, and which product reads fastest
-differs between CPUs by up to two times. It is chosen by dtype and by what the CPU can do, never by a clock, so that one
+differs between CPUs by up to two times. It is chosen by dtype and by what the CPU can do, never by timing, so that one
 machine gives the same bits with the same number of threads; `python experiments/bench.py --products` shows every way on
 yours. More rows, other devices and sharded weights are left to PyTorch, whose functions give the same up to rounding.
 
@@ -125,7 +125,7 @@ def with_columns(x, parts):
 def with_some_columns(x, low, parts):
     """The same without the numbers of x below low, whose columns are then not read. numpy finds them soonest."""
     numbers = x.float().numpy()
-    columns = numpy.flatnonzero(numpy.abs(numbers) >= low)
+    columns = numpy.flatnonzero(~(numpy.abs(numbers) < low))  # NaN is kept
     numbers, n = numbers[columns], len(columns)
     if parts > 1:
         numbers = numpy.tile(numbers, parts)
@@ -249,16 +249,14 @@ class Layer:
 
     def leaving_out(self, low):
         """
-        This layer without the inputs below low, four thresholds: of wq, wk and wv, of wo, of w1 and w3, and of w2. None
+        This layer without the inputs below low, thresholds: of wq, wk and wv, of wo, of w1 and w3, and of w2. None
         if its matrices are not by columns, or are divided among processes.
         """
         if not self.parts or parallel.size > 1:
             return None
         if self.partial is None or self.partial.low is not low:
-            attention = self.layer.attention
-            of_wo = attention.wo.weight.numel() / sum(weight.numel() for weight in attention.parameters())
             self.partial = Layer.__new__(Layer)
-            vars(self.partial).update(vars(self), low=low, unread=[0.0] * 4, of_wo=of_wo)
+            vars(self.partial).update(vars(self), low=low, unread=[0.0] * 4, of_wo=share_of_wo(self.layer.attention))
         return self.partial
 
     def add_up(self, out):
@@ -267,6 +265,10 @@ class Layer:
 
     def cosine(self, h, temp):
         return [self.squares.cosine(h, temp)] if h.numel() == h.size(-1) else self.layer.cosine(h, temp)
+
+
+def share_of_wo(attention):
+    return attention.wo.weight.numel() / sum(weight.numel() for weight in attention.parameters())
 
 
 def multiply(x, weight):

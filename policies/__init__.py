@@ -72,8 +72,8 @@ def find_policy(name, model, settings=None, skip=None, warm_up_index=None, token
         signature = "(model, skip, warm_up_index=None, tokens=None, seed=0)"
         raise ValueError(f"policy {name} must take {signature}: {first_line(error)}") from None
     policy = make(model, skip, **arguments)
-    if policy is None:
-        raise ValueError(f"policy {name} returns None: expected a policy(layers, x, step)")
+    if not callable(policy) or hasattr(policy, "parameters"):  # a model is no policy
+        raise ValueError(f"policy {name} makes {type(policy).__name__}: expected a policy(layers, x, step)")
     return Checked(policy, name) if ":" in name else policy
 
 

@@ -149,10 +149,10 @@ class AdaSkip:
 
     def __call__(self, layers, x, step):
         full = step.token_index <= self.warm_up_index  # (batch, seq)
-        cosines = getattr(step.cache, "cosines", None)  # (n_layers, batch), summed over the tokens in full
-        if step.cache.length == 0 or cosines is None:
+        seen, cosines = getattr(step.cache, "cosines", (0, None))  # (n_layers, batch), summed over the tokens in full
+        if cosines is None or step.cache.length < max(1, seen):  # a new text, or one that was rewound
             cosines = self.before[:, None].expand(-1, len(full)).clone()
-        step.cache.cosines = cosines
+        step.cache.cosines = step.cache.length + full.size(1), cosines
         if full.any():
             watched = self.watch(layers, x, step, full, cosines)
             if full.all():
@@ -179,7 +179,10 @@ class AdaSkip:
 
 
 class AttentionDrop:
-    """Past the warm-up attention is left out in the layers `dropped`, in which no token then reads what is missing."""
+    """
+    Past the warm-up attention is left out in the layers `dropped`, in which no token of the same answer then reads what
+    is missing. The next message of a conversation does.
+    """
 
     def __init__(self, dropped, warm_up_index=25):
         self.dropped, self.warm_up_index = list(dropped), warm_up_index
@@ -192,6 +195,8 @@ class AttentionDrop:
                 h = layer.add_attention(x, step)
             elif full.any():
                 h = torch.where(full[..., None].to(x.device), layer.add_attention(x, step, full), x)
+            if layer.layer_id in self.dropped and step.trace is not None:
+                step.trace.record_unread(layer.layer_id, "attention", 1.0, ~full)
             x = layer.add_feed_forward(h, step)
         return x
 

@@ -8,8 +8,8 @@ teal       inputs of w1, w3 and w2 whose size is below a threshold, one per laye
 teal_all   the same for all the matrices of the layers, as in that paper
 cats       neurons whose gate, silu(w1 x), is below a threshold: their rows of w3 and columns of w2 (Lee et al. 2024,
            https://arxiv.org/abs/2404.08763)
-teal_standins  teal, and up to 6 % of the blocks replaced whole, those whose stand-in (standins.py) is predicted to
-           do the least harm: from about a third of the bytes on that harms less (docs/results.md). This project's own
+teal_standins  teal, and from --skip 0.3 on 6 % of the blocks replaced whole, those whose stand-in (standins.py) is
+           predicted to do the least harm, which harms less there (docs/teal.md). This project's own
 
 --skip is the share of the feed-forward blocks' bytes that is left out (teal_all: of all that the layers read). No block
 is skipped, and no cache entry is missing.
@@ -28,9 +28,9 @@ from support.measuring import as_windows, written_text
 
 PLACES = "attention", "wo", "feed_forward", "w2", "gate"  # inputs of wq, wk and wv, of wo, of w1 and w3, of w2; gates
 MORE = 1.4  # as large a share of the inputs of wo and w2 is left out as of all: the others harm more
-BLOCKS = 0.06  # of all, at most, that teal_standins leaves out whole
+BLOCKS, FROM = 0.06, 0.3  # of all, how many teal_standins replaces whole, and from which --skip on
 STEPS = 20  # quantiles in a file: 0, 1/20, ..., 19/20
-MOST = 0.65  # with MORE the last quantile in a file
+MAX_SHARE = 0.65  # with MORE the last quantile in a file
 SAMPLE = 200_000  # numbers per layer and place, of which quantiles are taken
 WARM_UP_INDEX = 25
 
@@ -85,7 +85,7 @@ class Partial:
         out = attention.attend(q.transpose(1, 2), k, v, step)  # (1, 9, 1, 64)
         out = self.leave_out(out.transpose(1, 2).flatten(2), "wo")  # -> (1, 1, 9, 64) -> (1, 1, 576)
         if step.trace is not None:
-            unread = mix(zeros(normed), zeros(out), share_of_wo(attention))
+            unread = mix(zeros(normed), zeros(out), one_row.share_of_wo(attention))
             step.trace.record_unread(self.layer_id, "attention", unread)
         return x + attention.wo(out)
 
@@ -163,8 +163,7 @@ def make(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=N
     Teal with thresholds from the calibration text `tokens`, (batch, seq), from the file `fitted` that
     experiments/fit_teal.py writes, or from text that the model writes. shares: {place: share of its inputs}.
     """
-    if not 0 <= skip <= MOST:
-        raise ValueError(f"--skip {skip}: teal leaves out a share from 0 to {MOST} of what it reads")
+    check(skip, MAX_SHARE, "teal")
     if tokens is not None:
         quantiles = find_quantiles(model, as_windows(tokens))
     elif fitted is not None:
@@ -181,35 +180,37 @@ def make(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=N
     return Teal(thresholds(quantiles, shares), warm_up_index, skip)
 
 
+def check(skip, most, name):
+    if not 0 <= skip <= most:
+        raise ValueError(f"--skip {skip}: {name} leaves out a share from 0 to {most} of what it reads")
+
+
 def of_blocks(skip):
     """{place: share of its inputs} that leave out the share `skip` of a block's bytes, whose w2 is a third of them."""
     return dict(feed_forward=skip * (3 - MORE) / 2, w2=skip * MORE)
 
 
-def share_of_wo(attention):
-    return attention.wo.weight.numel() / sum(weight.numel() for weight in attention.parameters())
-
-
 def teal_all(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=None):
     """The same of every matrix of the layers."""
-    of_wo = share_of_wo(model.layers[0].attention)
+    of_wo = one_row.share_of_wo(model.layers[0].attention)
     shares = dict(attention=skip * (1 - of_wo * MORE) / (1 - of_wo), wo=skip * MORE)
     return make(model, skip, warm_up_index, tokens, seed, fitted, shares | of_blocks(skip))
 
 
 def cats(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=None):
     """Teal by the gate alone: two of three matrices have no part in the neurons that it leaves out."""
-    if skip > 0.6:
-        raise ValueError(f"--skip {skip}: cats reads all of w1, and leaves out 0.6 at most")
+    check(skip, 0.6, "cats")  # which reads all of w1
     return make(model, skip, warm_up_index, tokens, seed, fitted, dict(gate=1.5 * skip))
 
 
 def teal_standins(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=None):
-    """Teal over the blocks that run, and stand-ins for some, so that the share `skip` of all bytes is left out."""
+    """Teal over the blocks that run, and from FROM on stand-ins for some, so that `skip` of all bytes is left out."""
     fitted = fitted or {}
-    blocks = min(BLOCKS, skip / 4)
-    inner = standins.make(model, blocks, warm_up_index, tokens, seed, fitted.get(standins.make.fit))
-    of_the_rest = 1 - (1 - skip) / (1 - blocks)
+    check(skip, MAX_SHARE, "teal_standins")
+    if skip < FROM:
+        return make(model, skip, warm_up_index, tokens, seed, fitted.get(make.fit))
+    inner = standins.make(model, BLOCKS, warm_up_index, tokens, seed, fitted.get(standins.make.fit))
+    of_the_rest = 1 - (1 - skip) / (1 - BLOCKS)
     policy = make(model, of_the_rest, warm_up_index, tokens, seed, fitted.get(make.fit))
     policy.inner, policy.as_blocks = inner, skip
     return policy
@@ -222,11 +223,17 @@ POLICIES = {"teal": make, "teal_all": teal_all, "teal_standins": teal_standins, 
 
 
 def store_by_columns(model):
-    """Store each matrix of the layers by columns, in place, one after the other: as much memory as before."""
+    """
+    Store each matrix of the layers by columns, in place, one after the other: as much memory as before. Every policy
+    has them so from then on, dense too, which is rounded otherwise and for large matrices slower.
+    """
+    changed = False
     for layer in model.layers:
         for weight in layer.parameters():
             if weight.dim() == 2 and not one_row.is_by_columns(weight):
-                weight.data = one_row.by_columns(weight)
+                weight.data, changed = one_row.by_columns(weight), True
+    if changed:
+        note("[the layers' matrices are stored by columns from here on, also for dense, which may be slower so]")
 
 
 def load(path, model):
@@ -238,6 +245,8 @@ def load(path, model):
     except (LoadError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a file of quantiles ({error}): {again}") from None
     shapes = {tuple(values.shape) for values in quantiles.values()}
+    if not all(values.isfinite().all() for values in quantiles.values()):
+        raise ValueError(f"{path}: numbers in it are not finite: {again}")
     if shapes != {(model.args.n_layers, STEPS)} or not made_for(model, path, about.get("weights_checksum")):
         raise ValueError(f"{path}: made for another model than this: {again}")
     return quantiles

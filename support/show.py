@@ -298,7 +298,7 @@ def comparison_summary(extra):
     speed = number(extra["speedup"], "{:.2f}x the speed of dense")
     line = f"[first difference: {where}; decoding {speed}, {extra['speedup_bound']:.2f}x by the bytes not read]"
     if extra["speedup"] and extra["speedup"] < 1.02 < extra["speedup_bound"]:
-        line += "\n[monitoring costs what skipping saves here]"
+        line += "\n[deciding costs what is saved here]"
     return line
 
 

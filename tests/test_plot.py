@@ -128,7 +128,7 @@ def test_a_terminal_that_is_too_narrow_gets_a_row_for_each_ratio(folder, capsys,
         "dense                                0     0",
         "random                           0.051  1.23",
     ]
-    lines = printed(capsys, plot.ROOT / "experiments" / "results" / "perplexity.csv", "perplexity_past_warm_up")
+    lines = printed(capsys, plot.ROOT / "experiments" / "results" / "perplexity_first.csv", "perplexity_past_warm_up")
     assert lines[0].split() == ["policy", "ffn_skip_ratio", "perplexity_past_warm_up", "kl", "top1_agreement"]
     assert max(map(len, lines)) <= 100 and any(line.startswith("shortgpt (equal bytes) ") for line in lines)
 
@@ -306,14 +306,14 @@ def labels(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_perplexity_and_kl_are_drawn_against_the_ratio(monkeypatch, tmp_path):
+def test_perplexity_and_kl_are_drawn_against_the_bytes_not_read(monkeypatch, tmp_path):
     write(tmp_path / "llama-3.1.csv", evaluated())
     figure = figure_of(monkeypatch, tmp_path / "llama-3.1.csv")
     titles = ["perplexity past the warm-up", "KL from dense, nats per token"]
     assert [axes.get_ylabel() for axes in figure.axes] == titles and labels(figure) == ["random", "shortgpt", "dense"]
     assert [axes.get_yscale() for axes in figure.axes] == ["log"] * 2
     first = curves_of(figure.axes[0])
-    assert [x for x, _ in first["shortgpt"]] == [0.1, 0.2]  # at the same blocks, and not at the same bytes
+    assert [x for x, _ in first["shortgpt"]] == pytest.approx([0.025, 0.05])  # its rows at equal blocks
     assert first["random"][0][1] == pytest.approx(33) and first["dense"][0][1] == 30
     assert "dense" not in curves_of(figure.axes[1])  # its KL from itself is 0, which no logarithmic axis has
 
@@ -336,7 +336,7 @@ def test_intervals_are_drawn_as_bars_and_that_of_dense_as_a_band(monkeypatch, tm
     write(tmp_path / "x.csv", rows)
     axes = figure_of(monkeypatch, tmp_path / "x.csv").axes[0]
     bars = [segment.tolist() for collection in axes.collections for segment in collection.get_segments()]
-    assert bars[0] == [[0.1, 20], [0.1, 40]]
+    assert bars[0] == [[0.025, 20], [0.025, 40]]
     assert all(start == end for start, end in bars[1:])  # rows without one
     (band,) = axes.patches
     assert {y for _, y in band.get_path().vertices * [1, band.get_height()] + [0, band.get_y()]} == {28, 31}
