@@ -13,7 +13,7 @@ import torch
 
 from policies.baselines import calibration_text, find_threshold, uniform
 from skip import FULL, FFNSkip
-from support.common import nbytes, progress
+from support.common import nbytes, note, progress
 from support.measuring import as_tokens, as_windows, bring_to, cold_regions, measure, quality, replay
 from support.tracing import Trace
 
@@ -80,9 +80,11 @@ def greedy_order(model, texts, warm_up_index, attention):
             policy = Fixed(model, len(layer_ids) / n_layers, warm_up_index, layer_ids)
         return quality(model, windows, policy, reference)["kl"]
 
+    rounds = n_layers if attention else n_layers // 2
+    note(f"[choosing layers by KL: {n_layers + TRIED * rounds} passes over {len(windows)} texts, or fewer]")
     for layer_id in progress(range(n_layers), "trying each layer"):
         harm[layer_id] = divergence([layer_id])
-    for _ in progress(range(n_layers if attention else n_layers // 2), "choosing layers"):
+    for _ in progress(range(rounds), "choosing layers"):
         tried = sorted(harm, key=harm.get)[:TRIED]
         for layer_id in tried:
             harm[layer_id] = divergence([*order, layer_id])
@@ -132,6 +134,9 @@ def shuffled(model, skip, warm_up_index=25, tokens=None, seed=0, settings=None):
         trace = Trace()
         model(as_tokens(model, ids), policy=policy, trace=trace, last_only=True)
         ran.append(trace.ran[:, trace.token_index > warm_up_index].T)
+    reached = (~torch.cat(ran)).float().mean().item()
+    if reached < skip - 0.1:
+        raise ValueError(f"--skip {skip}: shuffled reaches {reached:.2f} here, since k=1 runs a block before each")
     return Shuffled(torch.cat(ran), warm_up_index, seed)
 
 

@@ -27,10 +27,10 @@ from support.common import LoadError, made_for, note, read_json
 from support.measuring import as_windows, written_text
 
 PLACES = "attention", "wo", "feed_forward", "w2", "gate"  # inputs of wq, wk and wv, of wo, of w1 and w3, of w2; gates
-MORE = 1.4  # as large a share of the inputs of wo and w2 is left out as of all: the others harm more
+OUTPUT_FACTOR = 1.4  # as large a share of the inputs of wo and w2 is left out as of all: the others harm more
 BLOCKS, FROM = 0.06, 0.3  # of all, how many teal_standins replaces whole, and from which --skip on
-STEPS = 20  # quantiles in a file: 0, 1/20, ..., 19/20
-MAX_SHARE = 0.65  # with MORE the last quantile in a file
+N_QUANTILES = 20  # quantiles in a file: 0, 1/20, ..., 19/20
+MAX_SHARE = 0.65  # with OUTPUT_FACTOR the last quantile in a file
 SAMPLE = 200_000  # numbers per layer and place, of which quantiles are taken
 WARM_UP_INDEX = 25
 
@@ -129,7 +129,7 @@ def sample(x, n):
 
 
 def find_quantiles(model, windows):
-    """{place: (n_layers, STEPS)}: quantiles of the size of what each matrix reads, over windows (ids, prompt_len)."""
+    """{place: (n_layers, N_QUANTILES)}: quantiles of the size of what each matrix reads, over windows of text."""
     seen = [{place: [] for place in PLACES} for _ in model.layers]
 
     def watch(layers, x, step):
@@ -140,7 +140,7 @@ def find_quantiles(model, windows):
 
     for ids, _ in windows:
         model(torch.tensor([ids], device=model.tok_embeddings.weight.device), policy=watch, last_only=True)
-    at, found = torch.arange(STEPS) / STEPS, {}
+    at, found = torch.arange(N_QUANTILES) / N_QUANTILES, {}
     for place in PLACES:
         numbers = [sample(torch.cat(seen[layer_id][place]), SAMPLE) for layer_id in range(model.args.n_layers)]
         found[place] = torch.stack([torch.quantile(some, at) for some in numbers])
@@ -151,8 +151,8 @@ def thresholds(quantiles, shares):
     """Per layer, the thresholds by PLACES that leave out these shares of the numbers there: {place: share}."""
     lows = [[0.0] * len(PLACES) for _ in quantiles["w2"]]
     for place, share in shares.items():
-        at = share * STEPS
-        before = min(int(at), STEPS - 2)
+        at = share * N_QUANTILES
+        before = min(int(at), N_QUANTILES - 2)
         for low, values in zip(lows, quantiles[place]):
             low[PLACES.index(place)] = mix(values[before], values[before + 1], at - before).item()
     return lows
@@ -187,13 +187,13 @@ def check(skip, most, name):
 
 def of_blocks(skip):
     """{place: share of its inputs} that leave out the share `skip` of a block's bytes, whose w2 is a third of them."""
-    return dict(feed_forward=skip * (3 - MORE) / 2, w2=skip * MORE)
+    return dict(feed_forward=skip * (3 - OUTPUT_FACTOR) / 2, w2=skip * OUTPUT_FACTOR)
 
 
 def teal_all(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=None):
     """The same of every matrix of the layers."""
     of_wo = one_row.share_of_wo(model.layers[0].attention)
-    shares = dict(attention=skip * (1 - of_wo * MORE) / (1 - of_wo), wo=skip * MORE)
+    shares = dict(attention=skip * (1 - of_wo * OUTPUT_FACTOR) / (1 - of_wo), wo=skip * OUTPUT_FACTOR)
     return make(model, skip, warm_up_index, tokens, seed, fitted, shares | of_blocks(skip))
 
 
@@ -237,7 +237,7 @@ def store_by_columns(model):
 
 
 def load(path, model):
-    """{place: (n_layers, STEPS)} of a file by experiments/fit_teal.py. ValueError if it is another model's."""
+    """{place: (n_layers, N_QUANTILES)} of a file by experiments/fit_teal.py. ValueError if it is another model's."""
     again = "python experiments/fit_teal.py makes one for these weights"
     try:
         about = read_json(Path(path))
@@ -247,6 +247,6 @@ def load(path, model):
     shapes = {tuple(values.shape) for values in quantiles.values()}
     if not all(values.isfinite().all() for values in quantiles.values()):
         raise ValueError(f"{path}: numbers in it are not finite: {again}")
-    if shapes != {(model.args.n_layers, STEPS)} or not made_for(model, path, about.get("weights_checksum")):
+    if shapes != {(model.args.n_layers, N_QUANTILES)} or not made_for(model, path, about.get("weights_checksum")):
         raise ValueError(f"{path}: made for another model than this: {again}")
     return quantiles
