@@ -105,7 +105,7 @@ def test_a_policy_works_in_the_prompt_of_a_text(model):
     """All but the first five tokens may skip, and are counted: those of the prompt, and all new ones but the last."""
     lm = ours(model, FFNSkip(0, 4, sim_threshold=0.8, warm_up_index=4, k=1))
     ask(lm, "generate_until", (TEXTS[0], dict(until=[], max_gen_toks=3)))
-    ((_, past, _, _),) = lm.counts
+    ((_, past, *_),) = lm.counts
     assert past == 4 * (len(load_tokenizer(TOKENIZER).encode(TEXTS[0])) + 2 - 5)
 
 

@@ -344,7 +344,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert mistake(capsys, generate.main, *args).startswith("error: policy standins needs a fit of this checkpoint")
     other = [*args[:2], "--policy", "static", "--skip", "0.2", "--standins", str(file), "x"]
     line = mistake(capsys, generate.main, *other)
-    assert line == "error: --standins is for --policy standins, and the policy is static"
+    assert line == "error: --standins is for policies standins and teal_standins, and the policy is static"
     with pytest.raises(ValueError, match="^nosuch: no such file$"):
         standins.make(model, 0.2, fitted="nosuch")
     assert "no checkpoint at" in mistake(capsys, fit_standins.main, "--text", str(file), "--ckpt", "nosuch")

@@ -246,7 +246,7 @@ def test_rows_made_with_other_skip_settings_are_not_taken_for_new_ones(tmp_path,
 
 
 POLICY_FILES = {
-    "def make(*args, **more):\n    return None\n": "returns None: expected a policy",
+    "def make(*args, **more):\n    return None\n": "makes NoneType: expected a policy",
     "def make(model, skip):\n    return print\n": "must take (model, skip, warm_up_index=None, tokens=None, seed=0)",
     "def make(*args, **more):\n    raise ValueError('no')\n": "mine.py, line 2: ValueError: no",
     "def other():\n    pass\n": "mine.py defines no function or class make",
