@@ -1,6 +1,6 @@
 """
 Policies by their names, and what belongs to a checkpoint for them: the skip settings that calibrate.py writes, and the
-fit that experiments/fit_standins.py writes.
+fits that experiments/fit_standins.py and fit_teal.py write.
 """
 
 import difflib
@@ -8,13 +8,14 @@ import functools
 import importlib.util
 import inspect
 import math
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy
 
 from model import dense
 from policies import baselines, ledger, standins, teal
+from policies.baselines import shifted
 from policies.checked import Checked
 from skip import FFNSkip
 from support.common import HERE, LoadError, beside, first_line, made_for, model_name, note, policy_files, read_json
@@ -36,7 +37,7 @@ def add_skip_arguments(parser):
     add("--k", type=int, help="skip K blocks at a time; 0: all up to --cold-e, as Algorithm 1 is printed")
     add("--agree", type=float, metavar="Q", help="in a batch, skip a block for all rows where at least a share Q of "
         "them would, else for none")
-    add("--standins", metavar="FILE", help="the fit of experiments/fit_standins.py, for --policy standins")
+    add("--standins", metavar="FILE", help="the fit of experiments/fit_standins.py, for standins and teal_standins")
     return group
 
 
@@ -100,13 +101,6 @@ def find_ffnskip(settings, skip, n_layers):
     if not least <= skip <= most:
         raise ValueError(f"--skip {skip}: these settings reach {least:.3f} to {most:.3f}; {command} looks for others")
     return shifted(policy, float(numpy.interp(skip, *zip(*pairs))))
-
-
-def shifted(policy, shift):
-    """The settings of an FFNSkip with every threshold raised by `shift`."""
-    if isinstance(policy.sim_threshold, list):
-        return replace(policy, sim_threshold=[value + shift for value in policy.sim_threshold])
-    return replace(policy, sim_threshold=policy.sim_threshold + shift)
 
 
 def check_name(name):

@@ -311,6 +311,13 @@ POLICIES = {
 }
 
 
+def shifted(policy, shift):
+    """The settings of an FFNSkip with every threshold raised by `shift`."""
+    if isinstance(policy.sim_threshold, list):
+        return replace(policy, sim_threshold=[value + shift for value in policy.sim_threshold])
+    return replace(policy, sim_threshold=policy.sim_threshold + shift)
+
+
 def find_threshold(make, model, windows, skip, most, least, tolerance=0.003):
     """The make(threshold), from most skipped to least, that skips the share `skip` of windows."""
 

@@ -7,11 +7,11 @@ InPrompt skips in the prompt. Factories are as baselines.py describes them.
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
-from policies.baselines import calibration_text, find_threshold, uniform
+from policies.baselines import calibration_text, find_threshold, shifted, uniform
 from skip import FULL, FFNSkip
 from support.common import nbytes, note, progress
 from support.measuring import as_tokens, as_windows, bring_to, cold_regions, measure, quality, replay
@@ -121,9 +121,7 @@ def shuffled(model, skip, warm_up_index=25, tokens=None, seed=0, settings=None):
         settings = dict(cold_s=cold_s, cold_e=cold_e, sim_threshold=1.0, k=1)
     base = FFNSkip(**settings | dict(warm_up_index=warm_up_index))
 
-    def make(shift):
-        thresholds = [threshold + shift for threshold in base.thresholds(model.args.n_layers)]
-        return replace(base, sim_threshold=thresholds)
+    make = partial(shifted, base)
 
     def at(shift):
         return shift, replay(cosines, make(shift))
