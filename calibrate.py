@@ -144,16 +144,16 @@ def parse_args(argv):
     return options
 
 
-def gather_windows(model, tokenizer, options):
+def gather_windows(model, tokenizer, options, texts):
     """
-    Windows to measure on and windows held out, two thirds and one third of --max-tokens, as many of each file; and a
-    name for the text.
+    Windows to measure on and windows held out, two thirds and one third of --max-tokens, as many of each of texts,
+    {file: text}, or of what the model writes; and a name for the text.
     """
     size, least = min(512, model.args.max_seq_len), options.warm_up_index + 9  # tokens per window
-    texts = {}
-    for file in options.text or ():
-        texts[file] = text_windows(tokenizer, read_text([file]), options.max_tokens // len(options.text), size)
-    if not options.text:
+    windows_of = {}
+    for file, text in texts.items():
+        windows_of[file] = text_windows(tokenizer, text, options.max_tokens // len(options.text), size)
+    if not texts:
         begin = tokenizer.bos_id
         if begin is None:
             begin = min(tokenizer.eos_ids, default=None)
@@ -161,9 +161,9 @@ def gather_windows(model, tokenizer, options):
             raise ValueError("the tokenizer names no token that begins or ends a text: give --text")
         n_texts = max(2, min(8, options.max_tokens // (size - 1)))
         written = written_text(model, n_texts, size - 1, options.seed, begin)
-        texts["the model's own text"] = [([begin, *ids], 1) for ids in written.tolist()]
+        windows_of["the model's own text"] = [([begin, *ids], 1) for ids in written.tolist()]
     ordered = []  # by their place in their file, so that the ends of all are held out
-    for file, windows in texts.items():
+    for file, windows in windows_of.items():
         windows = [(ids, prompt_len) for ids, prompt_len in windows if len(ids) - prompt_len >= least]
         if not windows:
             raise ValueError(f"{file}: too little text, or too few --max-tokens: of each file a window of at least "
@@ -174,7 +174,7 @@ def gather_windows(model, tokenizer, options):
         raise ValueError(f"too little text: two windows of at least {least} tokens are needed, "
                          "one to measure on and one to verify on")
     held_out = max(1, len(windows) // 3)
-    return windows[:-held_out], windows[-held_out:], ", ".join(Path(file).name for file in texts)
+    return windows[:-held_out], windows[-held_out:], ", ".join(Path(file).name for file in windows_of)
 
 
 def choose(model, held_out, cosines, makers, options):
@@ -244,7 +244,7 @@ def main(argv=None):
         out = Path(options.out) if options.out else policies.default_out(options.ckpt, policies.settings_path(ckpt))
     name = common.model_name(ckpt) if ckpt else Path(options.out or options.cosines).stem
     common.check_outputs(out, options.save_cosines)
-    read_text(options.text or [])  # what is wrong with it is told before minutes of loading
+    texts = {file: read_text([file]) for file in options.text or ()}  # mistakes in them come before minutes of loading
     if options.cosines:
         model = None
         cosines, corpus = read_cosines(options.cosines), Path(options.cosines).name
@@ -254,7 +254,7 @@ def main(argv=None):
     else:
         tokenizer, model = load(ckpt, common.find_device(options.device), options.dtype)
         print(f"[{name}: gathering text]", file=sys.stderr)
-        windows, held_out, corpus = gather_windows(model, tokenizer, options)
+        windows, held_out, corpus = gather_windows(model, tokenizer, options, texts)
         cosines = measure(model, windows, options.warm_up_index).cpu()
     curve = cosines.mean(0)
     cold_s, cold_e = cold_regions(curve)

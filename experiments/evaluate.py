@@ -141,8 +141,8 @@ def parse_args(argv):
     add("--data", metavar="FILE", help="see the tasks above")
     common.add_model_arguments(parser)
     add("--policies", type=listed(str), default=list(dict.fromkeys([*OWN, *POLICIES])), metavar="A,B",
-        help="dense, ffnskip, names in policies/baselines.py and ledger.py, standins, FILE.py:FACTORY; default: those "
-        "in baselines.py")
+        help="dense, ffnskip, others of policies/, which docs/results.md lists, FILE.py:FACTORY; default: those in "
+        "baselines.py")
     add("--skip", type=listed(float), default=[0.05, 0.15, 0.25, 0.35], metavar="R,R",
         help="shares of FFN blocks to skip past the warm-up (default 0.05,0.15,0.25,0.35)")
     add("--match", type=listed(str), default=["ffn", "bytes"],

@@ -11,8 +11,8 @@ cats       neurons whose gate, silu(w1 x), is below a threshold: their rows of w
 teal_standins  teal, and from --skip 0.3 on 6 % of the blocks replaced whole, those whose stand-in (standins.py) is
            predicted to do the least harm, which harms less there (docs/teal.md). This project's own
 
---skip is the share of the feed-forward blocks' bytes that is left out (teal_all: of all that the layers read). No block
-is skipped, and no cache entry is missing.
+--skip is the share of the feed-forward blocks' bytes that is left out (teal_all: of all that the layers read). No cache
+entry is missing.
 """
 
 from pathlib import Path

@@ -270,7 +270,7 @@ def test_windows_held_out_are_not_among_those_measured(own_text, tmp_path):
     (tmp_path / "text.txt").write_text(NUMBERS)
     text = [] if own_text else ["--text", str(tmp_path / "text.txt")]
     options = calibrate.parse_args([*text, "--max-tokens", "1000", "--warm-up-index", "5"])
-    windows, held_out, corpus = gather_windows(model, Bytes(), options)
+    windows, held_out, corpus = gather_windows(model, Bytes(), options, {file: NUMBERS for file in options.text or ()})
     assert len(windows) > 3 and len(held_out) == (len(windows) + len(held_out)) // 3
     assert not [window for window in held_out if window in windows]
     assert all(len(ids) - prompt_len >= 6 + 8 for ids, prompt_len in windows + held_out)
@@ -287,7 +287,8 @@ def read_back(files, max_tokens, folder):
         (folder / name).write_text(text)
     names = [str(folder / name) for name in files]
     options = calibrate.parse_args(["--text", *names, "--max-tokens", str(max_tokens), "--warm-up-index", "5"])
-    *parts, corpus = gather_windows(tiny_model(vocab_size=128, max_seq_len=64), Bytes(), options)
+    model, texts = tiny_model(vocab_size=128, max_seq_len=64), dict(zip(names, files.values()))
+    *parts, corpus = gather_windows(model, Bytes(), options, texts)
     return *([bytes(ids).decode() for ids, _ in windows] for windows in parts), corpus
 
 
