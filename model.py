@@ -184,7 +184,7 @@ class Block(nn.Module):
             temp = h + self.feed_forward(self.ffn_norm(h))
         elif active.any():  # some tokens of several, which never happens when one text is decoded
             index = active.flatten().nonzero().squeeze(1).to(h.device)  # (active tokens,)
-            some = h.flatten(0, 1)[index]  # (batch, seq, dim) -> (batch * seq, dim) -> (active tokens, dim)
+            some = h.flatten(0, 1).index_select(0, index)  # -> (batch * seq, dim) -> (active tokens, dim)
             some = some + self.feed_forward(self.ffn_norm(some))
             temp = h.flatten(0, 1).index_copy(0, index, some).view_as(h)
         else:

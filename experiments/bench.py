@@ -21,7 +21,8 @@ and peers follow in each repeat:
   standins  the stand-ins of policies/standins.py with one of --maps maps of rank --rank for what the same plan skips:
             every layer's harm is predicted and read back. The maps count in GB/s and in the bound. Not among the
             default variants
-The time of a token is its median over the repeats, and the table has the mean of that over the tokens.
+The time of a token is its median over the repeats, and the table has the mean of that over the tokens. With
+--skip-prompt the table is of the prompt, whose bound is by arithmetic, without that of cosines and maps.
 
 The table shows tokens/s, the speed-up over dense, the most that the bytes not needed allow (bound), and how much of the
 time which that bound says can be saved was saved. The CSV has more: of_llama_cpp and of_transformers, decoding by the
@@ -73,7 +74,8 @@ SIZES = {  # of the published LLaMA-2: ModelArgs(**SIZES["13B"])
 }
 VARIANTS = ["dense", "monitor", "fixed", "ffnskip", "standins", *TEAL]
 COLUMNS = """variant ffn_skip_ratio columns prefill_tokens_per_s decode_tokens_per_s spread ms_per_step gb_per_s
-share_of_read speedup speedup_bound share_of_saving of_llama_cpp of_transformers gflops_saved""".split()
+share_of_read speedup speedup_bound share_of_saving of_llama_cpp of_transformers gflops_saved prompt_skip_ratio
+prefill_speedup prefill_bound""".split()
 FIELDS = """commit device threads dtype model batch prompt steps repeats read_gb_per_s peak_memory_bytes readback_us
 versions command""".split() + COLUMNS
 WAYS = ["linear", "native linear", "mv", "native mv", "columns"]  # native: without oneDNN; see fast/one_row.py
@@ -98,21 +100,27 @@ def make_plan(n_layers, skip, tokens, batch=1, seed=0):
     return plan.tolist()
 
 
+def of_tokens(plan, token_index):
+    """Per layer, what the plan (token, layer, row) says of the tokens (batch, seq) of a pass, as one flat list."""
+    rows = torch.arange(plan.size(2))[:, None]
+    return plan[token_index, :, rows].flatten(0, 1).T.tolist()  # (batch, seq, layer) -> (layer, batch * seq)
+
+
 class Planned(FFNSkip):
     """Algorithm 1, except that the plan, not the cosine, decides. `monitored`: cosines are computed and read back."""
 
     def __init__(self, plan, monitored):
-        n_layers, nothing = len(plan[0]), [False] * len(plan[0][0])
-        super().__init__(0, n_layers, sim_threshold=0.5, warm_up_index=-1, k=1)
+        super().__init__(0, len(plan[0]), sim_threshold=0.5, warm_up_index=-1, k=1)
         self.monitored = monitored
-        self.plan = [token[1:] + [nothing] for token in plan]  # True, which is 1, before a block that is skipped
+        plan = torch.tensor(plan)
+        self.plan = torch.cat((plan[:, 1:], torch.zeros_like(plan[:, :1])), dim=1)  # True before a skipped block
 
     def generate_with_skip_model(self, layers, input_state, step, full):
-        self.scores = self.plan[step.token_index[0, 0].item()]
+        self.scores = of_tokens(self.plan, step.token_index)
         return super().generate_with_skip_model(layers, input_state, step, full)
 
     def cosine(self, h, temp, layer, step, skip_state):
-        """One score per row, which reaches the threshold where the plan skips the next block."""
+        """One score per token, which reaches the threshold where the plan skips the next block."""
         if self.monitored:
             super().cosine(h, temp, layer, step, skip_state)
         return self.scores[layer.layer_id]
@@ -123,14 +131,14 @@ class PlannedStandIns(StandIns):
 
     def __init__(self, plan, model, n, rank):
         n_layers, dim = model.args.n_layers, model.args.dim
-        weight, self.plan = model.layers[0].feed_forward.w1.weight, plan
+        weight, self.plan = model.layers[0].feed_forward.w1.weight, torch.tensor(plan)
         shapes = dict(down=(n, rank, dim), up=(n, dim, rank), mean=(n, dim), probe=(dim,), bias=())
         fitted = {name: torch.zeros(n_layers, *shape, device=weight.device) for name, shape in shapes.items()}
         fitted["centre"] = torch.randn(n_layers, n, dim).to(weight.device)  # so that tokens choose different ones
         super().__init__(ready(fitted, weight.dtype), 0.0, n_layers, warm_up_index=-1)
 
     def __call__(self, layers, x, step):
-        self.skips = self.plan[max(0, step.token_index[0, 0].item())]  # the prompt, below 0, skips nothing
+        self.skips = of_tokens(self.plan, step.token_index.clamp(min=0))  # below 0, in the prompt, nothing is skipped
         return super().__call__(layers, x, step)
 
     def decide(self, h, layer, step, remaining):
@@ -168,18 +176,21 @@ class Variant:
 
 def make_variants(model, options):
     """The variants that the command line asks for, dense first."""
-    n_layers, prompt, columns = model.args.n_layers, options.prompt, options.prompt + options.tokens
+    n_layers, columns = model.args.n_layers, options.prompt + options.tokens
+    prompt_len, planned = options.prompt, options.tokens
+    if options.skip_prompt:
+        prompt_len, planned = 0, columns
     policies = [("dense", None), ("monitor", FFNSkip(0, n_layers, sim_threshold=1.0005, warm_up_index=-1))]
     for skip in options.skip:
         if skip > 0:
-            plan = make_plan(n_layers, skip, options.tokens, options.batch, options.seed)
+            plan = make_plan(n_layers, skip, planned, options.batch, options.seed)
             policies += [("fixed", Planned(plan, monitored=False)), ("ffnskip", Planned(plan, monitored=True))]
             if "standins" in options.variants:  # whose maps take memory
                 policies.append(("standins", PlannedStandIns(plan, model, options.maps, options.rank)))
     variants = []
     for name, policy in policies:
         if name in ("dense", *options.variants):
-            variants.append(Variant(name, model, policy, options.batch, prompt, columns))
+            variants.append(Variant(name, model, policy, options.batch, prompt_len, columns))
     if set(TEAL) & set(options.variants):
         by_columns = model
         if not all(one_row.is_by_columns(weight) for weight in model.layers[0].feed_forward.parameters()):
@@ -188,7 +199,7 @@ def make_variants(model, options):
         for name, skip in product(TEAL, options.skip):
             if name in options.variants and skip > 0:
                 policy = teal.POLICIES[name](by_columns, skip, warm_up_index=-1, tokens=tokens)
-                variants.append(Variant(name, by_columns, policy, options.batch, prompt, columns))
+                variants.append(Variant(name, by_columns, policy, options.batch, prompt_len, columns))
     return variants
 
 
@@ -221,6 +232,14 @@ def flops_saved(args, skip):
     4 has these numbers, cut after the first decimal, except for its 0.3B at 5 %, which would be 0.4B.
     """
     return 2 * 3 * args.dim * args.hidden_dim * args.n_layers * skip
+
+
+def prompt_flops(args, prompt, skip=0.0):
+    """Of a pass over a prompt of so many tokens, the share `skip` of whose feed-forward blocks does not run."""
+    attention = args.dim * args.head_dim * (2 * args.n_heads + 2 * args.n_kv_heads)  # weights of a layer
+    scores = args.n_heads * args.head_dim * (prompt + 1)  # each token sees half of the others, twice
+    per_token = args.n_layers * (attention + scores + (1 - skip) * 3 * args.dim * args.hidden_dim)
+    return 2 * (prompt * per_token + args.dim * args.vocab_size)  # logits of the last token alone
 
 
 def timed(function, *args):
@@ -269,10 +288,11 @@ def make_row(runner, base, bandwidth, options):
     if len(runner.decode) > 1:
         low, high = runner.decode.mean(1).quantile(torch.tensor([0.25, 0.75])).tolist()
         spread = (high - low) / seconds
-    skipped, ffn_run, attention_read = 0.0, 1.0, 1.0
+    skipped, ffn_run, attention_read, in_prompt = 0.0, 1.0, 1.0, 0.0
     if isinstance(runner, Variant):
         read = runner.trace.read[:, :, prompt:].double()  # (layer, batch, step)
         skipped = 1 - read.mean().item()
+        in_prompt = 1 - runner.trace.read[:, :, :prompt].double().mean().item()
         ffn_run = read.amax(1).mean().item()  # the weights of a block are read if any row needs them
         attention_read = 1 - runner.trace.unread("attention")[:, :, prompt:].amin(1).mean().item()
     attended = prompt + (steps + 1) / 2  # columns, by the mean step
@@ -281,14 +301,17 @@ def make_row(runner, base, bandwidth, options):
         needed += runner.policy.bytes_read(ffn_run)
     bound = bytes_needed(base.model, base.cache, attended) / needed
     possible = base_seconds * (1 - 1 / bound)  # seconds that can be saved
+    prefill, args = runner.prefill.quantile(0.5).item(), base.model.args
     return dict(
         variant=runner.name, ffn_skip_ratio=skipped, columns=prompt + steps,
-        prefill_tokens_per_s=batch * prompt / runner.prefill.quantile(0.5).item(),
+        prefill_tokens_per_s=batch * prompt / prefill,
         decode_tokens_per_s=batch / seconds, spread=spread, ms_per_step=seconds * 1e3,
         gb_per_s=needed / seconds / 1e9, share_of_read=needed / seconds / bandwidth,
         speedup=base_seconds / seconds, speedup_bound=bound,
         share_of_saving=(base_seconds - seconds) / possible if possible else None,
-        gflops_saved=parallel.size * flops_saved(base.model.args, skipped) / 1e9,
+        gflops_saved=parallel.size * flops_saved(args, skipped) / 1e9,
+        prompt_skip_ratio=in_prompt, prefill_speedup=base.prefill.quantile(0.5).item() / prefill,
+        prefill_bound=prompt_flops(args, prompt) / prompt_flops(args, prompt, in_prompt),
     )  # fmt: skip
 
 
@@ -388,6 +411,7 @@ def parse_args(argv):
     add("--rank", type=positive, default=64, metavar="R", help="of these maps (default 64)")
     add("--peers", action="store_true", help="also transformers and llama.cpp (CPU, --batch 1), where installed")
     add("--prompt", type=positive, default=128, metavar="N", help="tokens of the prompt (default 128)")
+    add("--skip-prompt", action="store_true", help="skip in the prompt too, and show how fast that is read instead")
     add("--tokens", type=positive, default=20, metavar="N", help="tokens to decode (default 20)")
     add("--repeats", type=positive, default=5, metavar="N", help="how often, prompt and all (default 5)")
     add("--batch", type=positive, default=1, metavar="N", help="rows, which disagree about what to skip (default 1)")

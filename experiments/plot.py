@@ -109,7 +109,8 @@ def machine(row):
 
 def speed(figure, rows):
     """Speed-up over the share of blocks skipped; a panel per model, machine and length of the cache, at one scale."""
-    kinds = grouped([row for row in rows if row["batch"] == 1], "model", "dtype", "device", "threads", "columns")
+    single = [row for row in rows if row["batch"] == 1 and not row.get("prompt_skip_ratio")]
+    kinds = grouped(single, "model", "dtype", "device", "threads", "columns")
     kinds = [own for own in kinds.values() if any(row["ffn_skip_ratio"] for row in own)]
     for axes, own in zip(panels(figure, len(kinds), 3), kinds):
         variants = grouped(own, "variant")
@@ -340,13 +341,38 @@ def cell(row, column, ratio):
 
 def print_speed(rows):
     """Print bench.py's rows as Markdown tables, one per run."""
-    before = None
+    runs = []
     for row in rows:
-        caption = "{model}: {dtype}, {machine}, a context of {columns:g} tokens".format(**row, machine=machine(row))
-        if caption != before or row["variant"] == "dense":  # which comes first in every run
-            print(f"{caption}:\n" if before is None else f"\n{caption}:\n")
-            print(*heading(["variant", "skipped", "tokens/s", "speed-up", "bound by bytes", "of the saving"]), sep="\n")
-        before = caption
+        if row["variant"] == "dense":  # which comes first in every run
+            runs.append([])
+        runs[-1].append(row)
+    for number, run in enumerate(runs):
+        if number > 0:
+            print()
+        if any(row.get("prompt_skip_ratio") for row in run):
+            print_prefill(run)
+        else:
+            print_decoding(run)
+
+
+def caption(row):
+    batch = f", {row['batch']:g} rows" if row["batch"] > 1 else ""
+    return f"{row['model']}: {row['dtype']}, {machine(row)}{batch}"
+
+
+def print_prefill(run):
+    """The table of a run that skips in the prompt."""
+    print(f"{caption(run[0])}, a prompt of {run[0]['prompt']:g} tokens:\n")
+    print(*heading(["variant", "skipped", "tokens/s", "speed-up", "bound by arithmetic"]), sep="\n")
+    line = "| {variant} | {prompt_skip_ratio:.0%} | {prefill_tokens_per_s:.0f} | {prefill_speedup:.2f} |"
+    for row in run:
+        print(line.format(**row), f"{row['prefill_bound']:.2f} |")
+
+
+def print_decoding(run):
+    print(f"{caption(run[0])}, a context of {run[0]['columns']:g} tokens:\n")
+    print(*heading(["variant", "skipped", "tokens/s", "speed-up", "bound by bytes", "of the saving"]), sep="\n")
+    for row in run:
         saving = f"{row['share_of_saving']:.0%}" if row["share_of_saving"] not in ("", None) else ""
         line = "| {variant} | {ffn_skip_ratio:.0%} | {decode_tokens_per_s:.1f} | {speedup:.2f} | {speedup_bound:.2f} |"
         print(line.format(**row), saving, "|")
@@ -364,7 +390,7 @@ def show(path, what, by_bytes, other=None):
     if "layer_0" in rows[0]:
         walk(rows, what)
     elif "variant" in rows[0]:
-        named = [row for row in rows if what.lower() in row["model"].lower() and row["batch"] == 1]
+        named = [row for row in rows if what.lower() in row["model"].lower()]
         if not named:
             raise ValueError(f"{path}: no model {what} in it: choose from {', '.join(grouped(rows, 'model'))}")
         print_speed(named)

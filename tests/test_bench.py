@@ -67,6 +67,36 @@ def test_variants_compute_what_they_say(batch, dtype):
     assert torch.equal(~trace.ran[:, :, 5:], left_out)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_in_a_prompt_variants_skip_what_their_plan_says(batch):
+    model = tiny_model(n_layers=6)
+    plan = bench.make_plan(6, 0.25, tokens=9, batch=batch)
+    left_out = torch.tensor(plan).permute(1, 2, 0)  # (token, layer, batch) -> (layer, batch, token)
+    tokens = torch.randint(model.args.vocab_size, (batch, 9), generator=torch.Generator().manual_seed(1))
+    logits = []
+    for policy in bench.Planned(plan, False), bench.Planned(plan, True), bench.PlannedStandIns(plan, model, 2, 4):
+        runner = bench.Variant("", model, policy, batch, prompt_len=0, columns=9)
+        runner.rewind()
+        runner.forward(tokens[:, :5])
+        logits.append(torch.stack([runner.forward(token) for token in tokens[:, 5:].split(1, dim=1)]))
+        assert torch.equal(~runner.trace.ran, left_out)
+        torch.testing.assert_close(logits[-1], logits[0])
+
+
+def test_operations_of_a_prompt_are_those_that_pytorch_counts_and_attention():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny_model(n_layers=4)
+    args, tokens = model.args, torch.randint(model.args.vocab_size, (1, 7))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, last_only=True)
+    pairs = 7 * 8 / 2  # of a token and one that it sees: attention's operations, which PyTorch 2.13 does not count on a CPU
+    scores = 2 * 2 * args.n_layers * args.n_heads * args.head_dim * pairs
+    assert bench.prompt_flops(args, 7) == counter.get_total_flops() + scores
+    block = 2 * 3 * args.dim * args.hidden_dim
+    assert bench.prompt_flops(args, 7) - bench.prompt_flops(args, 7, 0.25) == 7 * block  # of 7 x 4 blocks
+
+
 def test_bytes_of_stand_ins_are_all_probes_and_the_maps_of_what_does_not_run():
     model = tiny_model(dtype=torch.bfloat16, n_layers=6)
     stand_ins, dim = bench.PlannedStandIns([], model, n=5, rank=4), model.args.dim

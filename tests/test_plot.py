@@ -37,6 +37,7 @@ commit,device,threads,dtype,model,batch,variant,columns,decode_tokens_per_s,ffn_
 share_of_saving,versions,read_gb_per_s
 abc,CPU,2,bfloat16,Some-7B,1,dense,148,11.34,0,1,1,,torch 2,40.6
 abc,CPU,2,bfloat16,Some-7B,1,ffnskip,148,13.66,0.3,1.2047,1.213,1.004,torch 2,40.6
+abc,CPU,2,bfloat16,Some-7B,16,dense,148,11,0,1,1,,torch 2,40.6
 abc,CPU,2,bfloat16,Some-7B,16,ffnskip,148,99,0.5,9,9,9,torch 2,40.6
 abc,Other,2,bfloat16,Some-7B,1,dense,148,20,0,1,1,,torch 2,40.6
 def,GPU,,bfloat16,other,1,dense,148,99,0,1,1,,torch 2,40.6
@@ -216,6 +217,13 @@ def test_speeds_are_a_table_of_the_models_of_that_name(folder, capsys):
         "| --- | --- | --- | --- | --- | --- |",
         "| dense | 0% | 11.3 | 1.00 | 1.00 |  |",
         "| ffnskip | 30% | 13.7 | 1.20 | 1.21 | 100% |",
+        "",
+        "Some-7B: bfloat16, 2 threads of CPU, 16 rows, a context of 148 tokens:",
+        "",
+        "| variant | skipped | tokens/s | speed-up | bound by bytes | of the saving |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| dense | 0% | 11.0 | 1.00 | 1.00 |  |",
+        "| ffnskip | 50% | 99.0 | 9.00 | 9.00 | 900% |",
         "",
         "Some-7B: bfloat16, 2 threads of Other, a context of 148 tokens:",
         "",
