@@ -22,7 +22,8 @@ and peers follow in each repeat:
             every layer's harm is predicted and read back. The maps count in GB/s and in the bound. Not among the
             default variants
 The time of a token is its median over the repeats, and the table has the mean of that over the tokens. With
---skip-prompt the table is of the prompt, whose bound is by arithmetic, without that of cosines and maps.
+--skip-prompt the table is of the prompt: the median over the repeats of dense's time by the variant's, and the bound
+by arithmetic, without that of cosines and maps.
 
 The table shows tokens/s, the speed-up over dense, the most that the bytes not needed allow (bound), and how much of the
 time which that bound says can be saved was saved. The CSV has more: of_llama_cpp and of_transformers, decoding by the
@@ -259,18 +260,19 @@ def plain_read(big):
 
 def measure(variants, peers, prompt, tokens, repeats, big):
     """
-    Time prompt, (batch, seq), and tokens, (batch, steps), one by one; variants take turns at every token, a peer runs
-    alone. Leaves seconds in their `prefill`, (repeats,), and `decode`, (repeats, steps); returns plain_read's median.
+    Time prompt, (batch, seq), for all in turn, and tokens, (batch, steps), one by one: variants take turns at every
+    token, a peer decodes alone. Leaves seconds in their `prefill`, (repeats,), and `decode`, (repeats, steps); returns plain_read's median.
     """
     for runner in [*variants, *peers]:
         runner.prefill, runner.decode = torch.empty(repeats), torch.empty(repeats, tokens.size(1))
     bandwidth = []
     for repeat in range(repeats):
-        for group in [variants, *([peer] for peer in peers)]:
+        for runner in random.sample([*variants, *peers], len(variants) + len(peers)):
+            runner.rewind()
             time.sleep(0.05)  # the threads of the one before spin for a while, waiting for work
-            for runner in group:
-                runner.rewind()
-                runner.prefill[repeat] = timed(runner.forward, prompt)
+            runner.prefill[repeat] = timed(runner.forward, prompt)
+        for group in [variants, *([peer] for peer in peers)]:
+            time.sleep(0.05)
             for i, token in enumerate(tokens.split(1, dim=1)):
                 for runner in random.sample(group, len(group)):  # a fixed order moves results by several percent
                     runner.decode[repeat, i] = timed(runner.forward, token)
@@ -301,16 +303,16 @@ def make_row(runner, base, bandwidth, options):
         needed += runner.policy.bytes_read(ffn_run)
     bound = bytes_needed(base.model, base.cache, attended) / needed
     possible = base_seconds * (1 - 1 / bound)  # seconds that can be saved
-    prefill, args = runner.prefill.quantile(0.5).item(), base.model.args
+    args = base.model.args
     return dict(
         variant=runner.name, ffn_skip_ratio=skipped, columns=prompt + steps,
-        prefill_tokens_per_s=batch * prompt / prefill,
+        prefill_tokens_per_s=batch * prompt / runner.prefill.quantile(0.5).item(),
         decode_tokens_per_s=batch / seconds, spread=spread, ms_per_step=seconds * 1e3,
         gb_per_s=needed / seconds / 1e9, share_of_read=needed / seconds / bandwidth,
         speedup=base_seconds / seconds, speedup_bound=bound,
         share_of_saving=(base_seconds - seconds) / possible if possible else None,
         gflops_saved=parallel.size * flops_saved(args, skipped) / 1e9,
-        prompt_skip_ratio=in_prompt, prefill_speedup=base.prefill.quantile(0.5).item() / prefill,
+        prompt_skip_ratio=in_prompt, prefill_speedup=(base.prefill / runner.prefill).quantile(0.5).item(),
         prefill_bound=prompt_flops(args, prompt) / prompt_flops(args, prompt, in_prompt),
     )  # fmt: skip
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 from test_golden import GOLDEN
 from tiny import tiny_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from fast import one_row
 from load_weights import load_model
