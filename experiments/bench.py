@@ -261,7 +261,8 @@ def plain_read(big):
 def measure(variants, peers, prompt, tokens, repeats, big):
     """
     Time prompt, (batch, seq), for all in turn, and tokens, (batch, steps), one by one: variants take turns at every
-    token, a peer decodes alone. Leaves seconds in their `prefill`, (repeats,), and `decode`, (repeats, steps); returns plain_read's median.
+    token, a peer decodes alone. Leaves seconds in their `prefill`, (repeats,), and `decode`, (repeats, steps); returns
+    plain_read's median.
     """
     for runner in [*variants, *peers]:
         runner.prefill, runner.decode = torch.empty(repeats), torch.empty(repeats, tokens.size(1))
