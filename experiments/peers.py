@@ -31,7 +31,8 @@ def make_peers(variant, prompt, columns, folder):
         else:
             peer = make(variant.model, columns, folder)
             peer.rewind()
-            if torch.cosine_similarity(peer.forward(prompt).cpu(), logits).min() < 0.99:
+            # In bfloat16 random weights of the 7B shape have 0.94 after 2,048 tokens, and in float32 1.0000.
+            if torch.cosine_similarity(peer.forward(prompt).cpu(), logits).min() < 0.9:
                 raise ValueError(f"{peer.name} computes something else with these weights: no comparison")
             yield peer
 
