@@ -311,7 +311,7 @@ def make_row(runner, base, bandwidth, options):
         decode_tokens_per_s=batch / seconds, spread=spread, ms_per_step=seconds * 1e3,
         gb_per_s=needed / seconds / 1e9, share_of_read=needed / seconds / bandwidth,
         speedup=base_seconds / seconds, speedup_bound=bound,
-        share_of_saving=(base_seconds - seconds) / possible if possible else None,
+        share_of_saving=(base_seconds - seconds) / possible if bound > 1.001 else None,
         gflops_saved=parallel.size * flops_saved(args, skipped) / 1e9,
         prompt_skip_ratio=in_prompt, prefill_speedup=(base.prefill / runner.prefill).quantile(0.5).item(),
         prefill_bound=prompt_flops(args, prompt) / prompt_flops(args, prompt, in_prompt),

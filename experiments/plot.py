@@ -125,6 +125,35 @@ def speed(figure, rows):
         finish(axes, TITLES["ffn_skip_ratio"], "decoding speed over dense")
 
 
+def a_quarter(rows):
+    """{what was measured: (speed-up, bound)} of ffnskip at a quarter of the blocks, in bench.py's rows; of the last run."""
+    found = {}
+    for row in rows:
+        in_prompt = row.get("prompt_skip_ratio") or 0.0
+        if row["variant"] != "ffnskip" or abs((in_prompt or row["ffn_skip_ratio"]) - 0.25) > 0.01:
+            continue
+        if in_prompt:
+            name, value = f"a prompt of {row['prompt']:g} tokens", (row["prefill_speedup"], row["prefill_bound"])
+        else:
+            name, value = f"a context of {row['columns']:g} tokens", (row["speedup"], row["speedup_bound"])
+        found[f"{caption(row)}, {name}"] = value
+    return found
+
+
+def when_it_pays(figure, rows):
+    """One line per situation: the bound, and what was measured."""
+    found = a_quarter(rows)
+    speeds, bounds = zip(*found.values())
+    figure.set_size_inches(WIDTH, 1 + 0.25 * len(found))
+    axes, lines = figure.subplots(), range(len(found), 0, -1)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.plot(bounds, lines, "|", color="black", markersize=10, label="bound")
+    axes.plot(speeds, lines, "o", color=COLOURS["ffnskip"], markersize=6, label="measured")
+    axes.set_yticks(lines, found.keys(), fontsize=8)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_xlabel("speed over dense")
+
+
 def panels(figure, n, columns):
     """Yield the axes of n panels at one scale, in rows of so many columns, for their caller to fill and label."""
     columns = min(n, columns)
@@ -424,9 +453,13 @@ def main(argv=None):
         models = "smollm2-135m-instruct", "llama-2-7b"
         draw_settings(options.out / "curve.png", [ROOT / "config" / f"{model}.json" for model in models])
         files += sorted((path / "authors_logs").glob("*.csv"))
-    drawn = 0
+    drawn, speeds = 0, []
     for file in files:
         drawn += draw(file, options.out)
+        speeds += [row for row in read(file) if "variant" in row]
+    if path.is_dir() and a_quarter(speeds):
+        title = "ffnskip with a quarter of the blocks skipped"
+        picture(options.out / "when-it-pays.png", title, when_it_pays, speeds)
     if not drawn:
         raise ValueError(f"{path}: {NOTHING}")
 
