@@ -23,6 +23,7 @@ from fast.graphs import add_graphs
 from fast.processes import from_first
 from load_weights import load
 from model import KVCache, dense
+from policies.ledger import InPrompt
 from support import common, show
 from support.chat import converse
 from support.tracing import Trace
@@ -137,9 +138,11 @@ def parse_args(argv):
     add = policies.add_skip_arguments(parser).add_argument
     add("--policy", help="dense, ffnskip (the default where there are settings), another of policies/, which "
         "docs/results.md lists, or FILE.py:FACTORY")
-    add("--skip", type=float, metavar="R", help="share of all FFN blocks to skip past the warm-up")
+    add("--skip", type=common.share, metavar="R", help="share of all FFN blocks to skip past the warm-up")
     add("--warm-up-index", type=int, metavar="N", help="generated tokens 0 to N run in full; -1: none do")
     add("--skip-prompt", action="store_true", help="skip in the prompt as well, past its own warm-up")
+    add("--prompt-skip", type=common.share, metavar="R", help="skip this share in the prompt, past its own warm-up; "
+        "with --skip 0 in the prompt alone")
     options = parser.parse_args(argv)
     if not 0 <= options.temperature < float("inf"):
         parser.error(f"--temperature {options.temperature} is not a number of at least 0")
@@ -147,8 +150,6 @@ def parse_args(argv):
         parser.error(f"--top-p {options.top_p} is not above 0 and at most 1")
     if options.prompt.count("-") > 1:
         parser.error('"-" reads standard input, which can be read once')
-    if options.skip is not None and not 0 <= options.skip < 1:
-        parser.error(f"--skip {options.skip} is not a share of at least 0 and below 1")
     if options.system is not None and options.raw:
         parser.error("--system is for messages, and --raw continues a text")
     if options.chat and not options.prompt and (options.json or options.compare or options.trace):
@@ -193,12 +194,12 @@ def choose_policy(options, ckpt, model):
     if options.policy is None and name == "dense":
         command = f"python calibrate.py --ckpt {options.ckpt}" if options.ckpt else "python calibrate.py"
         show.note(f"[no skip settings for {common.model_name(ckpt)}, so nothing is skipped: {command} makes them]")
-    fitted = policies.find_fitted(options, ckpt)
-    skip, warm_up_index, seed = options.skip, options.warm_up_index, options.seed
-    policy = policies.find_policy(name, model, settings, skip, warm_up_index, seed=seed, fitted=fitted)
-    if name == "ffnskip":
-        return name, policy, asdict(policy)
-    return name, policy, {} if name == "dense" else dict(skip=options.skip)
+    others = dict(warm_up_index=options.warm_up_index, seed=options.seed, fitted=policies.find_fitted(options, ckpt))
+    policy = policies.find_policy(name, model, settings, options.skip, **others)
+    used = asdict(policy) if name == "ffnskip" else dict(skip=options.skip)
+    if options.prompt_skip is not None:
+        policy = InPrompt(policies.find_policy(name, model, settings, options.prompt_skip, **others), policy)
+    return name, policy, {} if name == "dense" else used
 
 
 def start(options, model, tokenizer, name, policy, prompts, cache=None):

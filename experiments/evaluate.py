@@ -162,7 +162,7 @@ def parse_args(argv):
         "or of a prompt from text (collapse, worstcase: 128)")
     add("--skip-in", type=listed(str), default=["decoding"], metavar="A,B", help="decoding, prompt, both: where to "
         "skip, with --prompt-tokens; the ratio is reached in decoding (default decoding)")
-    add("--prompt-skip", type=float, metavar="R", help="with --skip-in: the share to skip in the prompt, if not --skip")
+    add("--prompt-skip", type=common.share, metavar="R", help="with --skip-in: the share for the prompt, if not --skip")
     add("--rows", type=common.positive, default=1, metavar="N", help="perplexity: windows of text that are one batch, "
         "for --agree (default 1)")
     add("--temperature", type=float, default=0.0, metavar="T", help="of texts that the model writes (default 0)")

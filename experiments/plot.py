@@ -126,7 +126,7 @@ def speed(figure, rows):
 
 
 def a_quarter(rows):
-    """{what was measured: (speed-up, bound)} of ffnskip at a quarter of the blocks, in bench.py's rows; of the last run."""
+    """{what was measured: (speed-up, bound)} of ffnskip at a quarter of the blocks, in bench.py's rows."""
     found = {}
     for row in rows:
         in_prompt = row.get("prompt_skip_ratio") or 0.0

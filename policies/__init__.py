@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import inspect
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy
@@ -89,6 +89,8 @@ def find_ffnskip(settings, skip, n_layers):
     policy.check(n_layers)
     if skip is None:
         return policy
+    if skip == 0:
+        return replace(policy, sim_threshold=math.inf)
     command = f"python calibrate.py --ckpt ... --skip {skip}"
     if not ratios:
         raise ValueError(f"--skip {skip}: these settings do not tell thresholds from ratios (a flag beside them "

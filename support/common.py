@@ -214,6 +214,13 @@ def positive(text):
     return value
 
 
+def share(text):
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share of at least 0 and below 1")
+    return value
+
+
 def seed(text):
     value = int(text)
     if not 0 <= value < 2**63:

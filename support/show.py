@@ -12,6 +12,8 @@ import time
 from contextlib import contextmanager
 from os.path import commonprefix
 
+import torch
+
 from support import common
 from support.tokenizer import TextStream
 from support.trace_page import write_page
@@ -115,11 +117,15 @@ class Generation:
             return found  # interrupted within the first pass, whose record is not complete
         ran, token_index = self.trace.ran, self.trace.token_index
         begin = self.trace.passes[0].token_index.size(1)  # the first column that was decoded
-        warm_up_index = getattr(self.policy, "warm_up_index", -1)
+        warm_up_index = getattr(getattr(self.policy, "after", self.policy), "warm_up_index", -1)
         decoded = ran[:, :, begin:], token_index[:, begin:]
         found["ffn_skip_ratio"] = skip_ratio(*decoded, warm_up_index)
         found["ffn_saved_ratio"] = skip_ratio(*decoded, -1)
-        found["prompt_ffn_skip_ratio"] = skip_ratio(ran[:, :, :begin], token_index[:, :begin], warm_up_index)
+        prompt_index = token_index[:, :begin]
+        if hasattr(self.policy, "prompt"):  # a policy of its own, ledger.InPrompt's, which counts from 0
+            warm_up_index = getattr(self.policy.prompt, "warm_up_index", -1)
+            prompt_index = prompt_index + torch.tensor([[len(prompt)] for prompt in self.prompts])
+        found["prompt_ffn_skip_ratio"] = skip_ratio(ran[:, :, :begin], prompt_index, warm_up_index)
         if ran.size(2) > begin:
             read, past = self.trace.read[:, :, begin:], decoded[1] > warm_up_index  # (layer, batch, token)
             found["ffn_unread"] = 1 - read[:, past].mean().item() if past.any() else None
@@ -257,14 +263,14 @@ def summary(report):
     line = f"{report['policy']}: {tokens} tokens, {number(report['decode_tokens_per_s'])} tokens/s"
     skipped, saved = report["ffn_skip_ratio"], number(report["ffn_saved_ratio"], "{:.1%}")
     unread = report["ffn_unread"] or 0.0
+    in_prompt = number(report["prompt_ffn_skip_ratio"], ", in the prompt {:.1%}").removeprefix("-")
     if skipped == unread == 0 and not report["planned_skip_ratio"]:
-        return f"[{line}]"
+        return f"[{line}{in_prompt.replace(',', ', FFN blocks skipped', 1)}]"
     if skipped is None:
-        return f"[{line}, no FFN block skipped: no token is past the warm-up]"
+        return f"[{line}, no FFN block skipped: no token is past the warm-up{in_prompt}]"
     if unread > skipped + 1e-6:  # blocks that ran have left out inputs
         return f"[{line}, {unread:.1%} of FFN weights not read, {skipped:.1%} as whole blocks]"
     planned = number(report["planned_skip_ratio"], " (planned {:.1%})").removeprefix("-")
-    in_prompt = number(report["prompt_ffn_skip_ratio"], ", in the prompt {:.1%}").removeprefix("-")
     return f"[{line}, FFN blocks skipped {skipped:.1%}{planned}, in all {saved}{in_prompt}]"
 
 

@@ -213,6 +213,22 @@ def test_the_prompt_is_skipped_in_where_one_asks_for_it(tmp_path, run):
         assert [row["layer_1"] == "skip" for row in rows] == [int(row["token_index"]) > 1 for row in rows]
 
 
+def test_the_prompt_has_a_share_of_its_own_where_one_asks_for_it(tmp_path, report):
+    trace, prompt, seen = str(tmp_path / "trace.csv"), " ".join(["Layers 3 to 5"] * 2), {}
+    for flags in ["--skip", "0", "--prompt-skip", "0.6"], ["--skip", "0.6", "--prompt-skip", "0"], ["--skip", "0.6"]:
+        flags += ["--policy", "static", "--warm-up-index", "3", "--max-new-tokens", "12", "--trace", trace]
+        out = report(*flags, prompt)
+        rows = list(csv.DictReader(open(trace, encoding="utf-8")))
+        assert int(rows[0]["token_index"]) == -out["prompt_tokens"]
+        for key, wanted in ("prompt", True), ("answer", False):
+            counted = [row for row in rows if (int(row["token_index"]) < 0) == wanted]
+            seen.setdefault(key, []).append(any("skip" in row.values() for row in counted[4:]))
+            assert not any("skip" in row.values() for row in counted[:4])  # each has its own warm-up
+        told = bool(out["prompt_ffn_skip_ratio"]), bool(out["ffn_skip_ratio"])
+        assert told == (seen["prompt"][-1], seen["answer"][-1])
+    assert seen == dict(prompt=[True, False, False], answer=[False, True, True])
+
+
 def test_settings_in_the_folder_make_ffnskip_the_default(tmp_path, report, capsys):
     folder = tmp_path / "hf-gqa"
     shutil.copytree(CKPT, folder)
@@ -277,7 +293,7 @@ WRONG = {
     "empty prompt": (["--ckpt", str(GOLDEN / "hf-theta"), ""], "the prompt is empty"),  # its tokenizer adds no BOS
     "temperature": (["--temperature", "-1", "x"], "--temperature -1.0"),
     "top-p": (["--top-p", "0", "x"], "--top-p 0.0"),
-    "skip": (["--skip", "1", "x"], "--skip 1.0"),
+    "skip": (["--skip", "1", "x"], "--skip: 1 is not a share"),
     "seed": (["--seed", str(2**63), "x"], "is not a number from 0 to 2^63 - 1"),
     "no tokens": (["--max-new-tokens", "0", "x"], "0 is not a positive number"),
     "too long": (["word " * 80], "more than the model's max_seq_len 64"),
