@@ -129,7 +129,7 @@ def test_a_terminal_that_is_too_narrow_gets_a_row_for_each_ratio(folder, capsys,
         "dense                                0     0",
         "random                           0.051  1.23",
     ]
-    lines = printed(capsys, plot.ROOT / "experiments" / "results" / "perplexity_first.csv", "perplexity_past_warm_up")
+    lines = printed(capsys, plot.ROOT / "experiments" / "results" / "perplexity_more.csv", "perplexity_past_warm_up")
     assert lines[0].split() == ["policy", "ffn_skip_ratio", "perplexity_past_warm_up", "kl", "top1_agreement"]
     assert max(map(len, lines)) <= 100 and any(line.startswith("shortgpt (equal bytes) ") for line in lines)
 
