@@ -130,8 +130,7 @@ def parse_args(argv):
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the likeliest token")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens, which add up to P")
     common.add_model_arguments(parser)
-    add("--compare", action="store_true", help="run dense too, token by token in turn: both texts, both speeds, and a "
-        "picture of what was skipped")
+    add("--compare", action="store_true", help="run dense too, in turn: both texts and speeds, and what was skipped")
     add("--json", action="store_true", help="print one JSON object and nothing else on standard output")
     add("--trace", metavar="FILE", help="write what was skipped: a page for the browser if FILE ends in .html, else "
         "CSV, one row per token")
@@ -140,9 +139,9 @@ def parse_args(argv):
         "docs/results.md lists, or FILE.py:FACTORY")
     add("--skip", type=common.share, metavar="R", help="share of all FFN blocks to skip past the warm-up")
     add("--warm-up-index", type=int, metavar="N", help="generated tokens 0 to N run in full; -1: none do")
-    add("--skip-prompt", action="store_true", help="skip in the prompt as well, past its own warm-up")
-    add("--prompt-skip", type=common.share, metavar="R", help="skip this share in the prompt, past its own warm-up; "
-        "with --skip 0 in the prompt alone")
+    place = parser.add_mutually_exclusive_group().add_argument
+    place("--skip-prompt", action="store_true", help="skip in the prompt as well, past its own warm-up")
+    place("--prompt-skip", type=common.share, metavar="R", help="the same, this share; with --skip 0 in it alone")
     options = parser.parse_args(argv)
     if not 0 <= options.temperature < float("inf"):
         parser.error(f"--temperature {options.temperature} is not a number of at least 0")
@@ -182,11 +181,12 @@ def read_prompt(number, prompt):
 
 
 def choose_policy(options, ckpt, model):
-    """The name, the policy and its settings that the command line asks for."""
+    """The name, the policy, that for the prompt or None, and the settings that the command line asks for."""
     settings = {}
     if options.policy in (None, "ffnskip"):
         settings = policies.find_settings(options, ckpt, model.args.n_layers)
-    name = options.policy or ("ffnskip" if settings or options.skip is not None else "dense")
+    asked = settings or (options.skip, options.prompt_skip) != (None, None)
+    name = options.policy or ("ffnskip" if asked else "dense")
     if options.standins and "standins" not in name and ":" not in name:
         raise ValueError(f"--standins is for policies standins and teal_standins, and the policy is {name}")
     if options.compare and name == "dense":
@@ -195,22 +195,23 @@ def choose_policy(options, ckpt, model):
         command = f"python calibrate.py --ckpt {options.ckpt}" if options.ckpt else "python calibrate.py"
         show.note(f"[no skip settings for {common.model_name(ckpt)}, so nothing is skipped: {command} makes them]")
     others = dict(warm_up_index=options.warm_up_index, seed=options.seed, fitted=policies.find_fitted(options, ckpt))
-    policy = policies.find_policy(name, model, settings, options.skip, **others)
-    used = asdict(policy) if name == "ffnskip" else dict(skip=options.skip)
+    policy, in_prompt = policies.find_policy(name, model, settings, options.skip, **others), None
+    used = asdict(policy) if name == "ffnskip" and policy is not dense else dict(skip=options.skip)
     if options.prompt_skip is not None:
-        policy = InPrompt(policies.find_policy(name, model, settings, options.prompt_skip, **others), policy)
-    return name, policy, {} if name == "dense" else used
+        in_prompt = policies.find_policy(name, model, settings, options.prompt_skip, **others)
+        used["prompt_skip"] = options.prompt_skip
+    return name, policy, in_prompt, {} if name == "dense" else used
 
 
-def start(options, model, tokenizer, name, policy, prompts, cache=None):
+def start(options, model, tokenizer, name, policy, prompts, cache=None, in_prompt=None):
     """The Generation of a policy on prompts, lists of ids, that the command line asks for; nothing has run yet."""
-    trace = Trace(cosines=options.trace is not None)
+    trace, walk = Trace(cosines=options.trace is not None), InPrompt(in_prompt, policy) if in_prompt else policy
     loop = generate_batch(
-        model, prompts, options.max_new_tokens, policy, options.temperature, options.top_p, options.seed,
+        model, prompts, options.max_new_tokens, walk, options.temperature, options.top_p, options.seed,
         tokenizer.eos_ids, 0 if options.skip_prompt else None, trace, cache,
     )  # fmt: skip
     planned = None if policy is dense else options.skip
-    return show.Generation(name, policy, model, tokenizer, prompts, loop, trace, planned, cache)
+    return show.Generation(name, policy, model, tokenizer, prompts, loop, trace, planned, cache, in_prompt)
 
 
 def main(argv=None):
@@ -220,18 +221,18 @@ def main(argv=None):
     prompts = read_prompts(options)
     ckpt = common.find_checkpoint(options.ckpt)
     tokenizer, model = load(ckpt, common.find_device(options.device), options.dtype)
-    name, policy, settings = choose_policy(options, ckpt, model)
+    name, policy, in_prompt, settings = choose_policy(options, ckpt, model)
     begin = functools.partial(start, options, model, tokenizer)
     if options.chat and not prompts:
         title = f"{common.model_name(ckpt)}, {name}"
-        return converse(model, tokenizer, options, title, functools.partial(begin, name, policy))
+        return converse(model, tokenizer, options, title, functools.partial(begin, name, policy, in_prompt=in_prompt))
     chat = options.chat or options.system is not None or (bool(tokenizer.template) and not options.raw)
     prompts = prompts or [QUESTION]
     if chat:
         ids = [tokenizer.chat(show.messages(options.system, prompt)) for prompt in prompts]
     else:
         ids = [tokenizer.encode(prompt) for prompt in prompts]
-    generations = [begin(name, policy, ids)]
+    generations = [begin(name, policy, ids, in_prompt=in_prompt)]
     if options.compare:
         generations.insert(0, begin("dense", dense, ids))
 

@@ -102,7 +102,7 @@ def make_plan(n_layers, skip, tokens, batch=1, seed=0):
 
 
 def of_tokens(plan, token_index):
-    """Per layer, what the plan (token, layer, row) says of the tokens (batch, seq) of a pass, as one flat list."""
+    """What the plan (token, layer, row) says of the tokens (batch, seq) of a pass: a flat list for each layer."""
     rows = torch.arange(plan.size(2))[:, None]
     return plan[token_index, :, rows].flatten(0, 1).T.tolist()  # (batch, seq, layer) -> (layer, batch * seq)
 
@@ -236,7 +236,7 @@ def flops_saved(args, skip):
 
 
 def prompt_flops(args, prompt, skip=0.0):
-    """Of a pass over a prompt of so many tokens, the share `skip` of whose feed-forward blocks does not run."""
+    """Operations of a pass over so many tokens, where the share `skip` of their feed-forward blocks does not run."""
     attention = args.dim * args.head_dim * (2 * args.n_heads + 2 * args.n_kv_heads)  # weights of a layer
     scores = args.n_heads * args.head_dim * (prompt + 1)  # each token sees half of the others, twice
     per_token = args.n_layers * (attention + scores + (1 - skip) * 3 * args.dim * args.hidden_dim)
@@ -432,6 +432,8 @@ def parse_args(argv):
         parser.error("--ckpt and --shape exclude each other")
     if options.peers and parallel.size > 1:
         parser.error("--peers run in one process")
+    if options.skip_prompt and (set(TEAL) & set(options.variants) or not any(options.skip)):
+        parser.error("--skip-prompt is for variants that skip blocks, which teal does not, and for a --skip above 0")
     if options.layers and not options.shape:
         parser.error("--layers goes with --shape")
     return options

@@ -107,11 +107,16 @@ def machine(row):
     return f"{row['threads']:g} {'thread' if row['threads'] == 1 else 'threads'} of {row['device']}"
 
 
-def speed(figure, rows):
-    """Speed-up over the share of blocks skipped; a panel per model, machine and length of the cache, at one scale."""
+def decoding(rows):
+    """bench.py's rows of single texts, in a list per model, machine and length of the cache, if one of them skips."""
     single = [row for row in rows if row["batch"] == 1 and not row.get("prompt_skip_ratio")]
     kinds = grouped(single, "model", "dtype", "device", "threads", "columns")
-    kinds = [own for own in kinds.values() if any(row["ffn_skip_ratio"] for row in own)]
+    return [own for own in kinds.values() if any(row["ffn_skip_ratio"] for row in own)]
+
+
+def speed(figure, rows):
+    """Speed-up over the share of blocks skipped; a panel per list of decoding(), at one scale."""
+    kinds = decoding(rows)
     for axes, own in zip(panels(figure, len(kinds), 3), kinds):
         variants = grouped(own, "variant")
         for name in "standins", "fixed", "ffnskip":
@@ -126,30 +131,31 @@ def speed(figure, rows):
 
 
 def a_quarter(rows):
-    """{what was measured: (speed-up, bound)} of ffnskip at a quarter of the blocks, in bench.py's rows."""
-    found = {}
+    """(name, speed-up, bound) of each run of ffnskip at a quarter of the blocks: single texts, batches, prompts."""
+    single, batches, prompts = [], [], []
     for row in rows:
         in_prompt = row.get("prompt_skip_ratio") or 0.0
         if row["variant"] != "ffnskip" or abs((in_prompt or row["ffn_skip_ratio"]) - 0.25) > 0.01:
             continue
         if in_prompt:
-            name, value = f"a prompt of {row['prompt']:g} tokens", (row["prefill_speedup"], row["prefill_bound"])
+            name = f"{caption(row)}, a prompt of {row['prompt']:g} tokens"
+            prompts.append((name, row["prefill_speedup"], row["prefill_bound"]))
         else:
-            name, value = f"a context of {row['columns']:g} tokens", (row["speedup"], row["speedup_bound"])
-        found[f"{caption(row)}, {name}"] = value
-    return found
+            name = f"{caption(row)}, a context of {row['columns']:g} tokens"
+            kind = single if row["batch"] == 1 else batches
+            kind.append((name, row["speedup"], row["speedup_bound"]))
+    return single + batches + prompts
 
 
 def when_it_pays(figure, rows):
     """One line per situation: the bound, and what was measured."""
-    found = a_quarter(rows)
-    speeds, bounds = zip(*found.values())
-    figure.set_size_inches(WIDTH, 1 + 0.25 * len(found))
-    axes, lines = figure.subplots(), range(len(found), 0, -1)
+    names, speeds, bounds = zip(*a_quarter(rows))
+    figure.set_size_inches(WIDTH, 1 + 0.25 * len(names))
+    axes, lines = figure.subplots(), range(len(names), 0, -1)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.plot(bounds, lines, "|", color="black", markersize=10, label="bound")
     axes.plot(speeds, lines, "o", color=COLOURS["ffnskip"], markersize=6, label="measured")
-    axes.set_yticks(lines, found.keys(), fontsize=8)
+    axes.set_yticks(lines, names, fontsize=8)
     axes.grid(axis="y", alpha=0.3)
     axes.set_xlabel("speed over dense")
 
@@ -250,7 +256,7 @@ def draw(file, out):
     first = rows[0] if rows else {}
     if "layer_0" in first:
         fill = heat_map
-    elif "variant" in first:
+    elif "variant" in first and decoding(rows):
         fill = speed
     elif "log" in first:
         fill = points_lost
@@ -457,9 +463,10 @@ def main(argv=None):
     for file in files:
         drawn += draw(file, options.out)
         speeds += [row for row in read(file) if "variant" in row]
-    if path.is_dir() and a_quarter(speeds):
+    if a_quarter(speeds):
         title = "ffnskip with a quarter of the blocks skipped"
         picture(options.out / "when-it-pays.png", title, when_it_pays, speeds)
+        drawn += 1
     if not drawn:
         raise ValueError(f"{path}: {NOTHING}")
 

@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import inspect
 import math
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy
@@ -49,7 +49,8 @@ def find_policy(name, model, settings=None, skip=None, warm_up_index=None, token
     """
     if name == "dense":
         if skip is not None or warm_up_index is not None:
-            raise ValueError("--skip and --warm-up-index are not for policy dense, which skips nothing")
+            raise ValueError("--skip, --prompt-skip and --warm-up-index are not for policy dense, which skips nothing")
+    if name == "dense" or skip == 0:
         return dense
     if name == "ffnskip":
         settings = dict(settings or {})
@@ -89,8 +90,6 @@ def find_ffnskip(settings, skip, n_layers):
     policy.check(n_layers)
     if skip is None:
         return policy
-    if skip == 0:
-        return replace(policy, sim_threshold=math.inf)
     command = f"python calibrate.py --ckpt ... --skip {skip}"
     if not ratios:
         raise ValueError(f"--skip {skip}: these settings do not tell thresholds from ratios (a flag beside them "

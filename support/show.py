@@ -37,12 +37,13 @@ def messages(system, *prompts):
 class Generation:
     """
     One policy at work on all prompts (lists of ids): what it has written so far, and how long that took. `loop` is
-    generate.generate_batch() with this trace and cache; `planned` is the ratio that was asked for.
+    generate.generate_batch() with this trace and cache; `planned` is the ratio that was asked for; in_prompt: a policy
+    of its own for the prompt.
     """
 
-    def __init__(self, name, policy, model, tokenizer, prompts, loop, trace, planned=None, cache=None):
+    def __init__(self, name, policy, model, tokenizer, prompts, loop, trace, planned=None, cache=None, in_prompt=None):
         self.name, self.policy, self.model, self.tokenizer, self.prompts = name, policy, model, tokenizer, prompts
-        self.loop, self.trace, self.planned, self.times = loop, trace, planned, []
+        self.loop, self.trace, self.planned, self.in_prompt, self.times = loop, trace, planned, in_prompt, []
         self.held = 0 if cache is None else cache.length  # tokens of a prompt that are not forwarded
         self.ids = [[] for _ in prompts]
         self.pieces = [[] for _ in prompts]  # the text of each token
@@ -117,17 +118,18 @@ class Generation:
             return found  # interrupted within the first pass, whose record is not complete
         ran, token_index = self.trace.ran, self.trace.token_index
         begin = self.trace.passes[0].token_index.size(1)  # the first column that was decoded
-        warm_up_index = getattr(getattr(self.policy, "after", self.policy), "warm_up_index", -1)
+        read, warm_up_index = self.trace.read, getattr(self.policy, "warm_up_index", -1)
         decoded = ran[:, :, begin:], token_index[:, begin:]
         found["ffn_skip_ratio"] = skip_ratio(*decoded, warm_up_index)
         found["ffn_saved_ratio"] = skip_ratio(*decoded, -1)
-        prompt_index = token_index[:, :begin]
-        if hasattr(self.policy, "prompt"):  # a policy of its own, ledger.InPrompt's, which counts from 0
-            warm_up_index = getattr(self.policy.prompt, "warm_up_index", -1)
-            prompt_index = prompt_index + torch.tensor([[len(prompt)] for prompt in self.prompts])
-        found["prompt_ffn_skip_ratio"] = skip_ratio(ran[:, :, :begin], prompt_index, warm_up_index)
+        in_prompt = token_index[:, :begin] > warm_up_index
+        if self.in_prompt is not None:  # for which tokens count from the prompt's beginning
+            positions = token_index[:, :begin] + torch.tensor([[len(prompt)] for prompt in self.prompts])
+            in_prompt = positions > getattr(self.in_prompt, "warm_up_index", -1)
+        if in_prompt.any():
+            found["prompt_ffn_skip_ratio"] = 1 - read[:, :, :begin][:, in_prompt].mean().item()
         if ran.size(2) > begin:
-            read, past = self.trace.read[:, :, begin:], decoded[1] > warm_up_index  # (layer, batch, token)
+            read, past = read[:, :, begin:], decoded[1] > warm_up_index  # (layer, batch, token)
             found["ffn_unread"] = 1 - read[:, past].mean().item() if past.any() else None
             found["blocks_saved"] = 1 - read.amax(1).mean().item()
             found["attention_saved"] = self.trace.unread("attention")[:, :, begin:].amin(1).mean().item()
@@ -263,15 +265,17 @@ def summary(report):
     line = f"{report['policy']}: {tokens} tokens, {number(report['decode_tokens_per_s'])} tokens/s"
     skipped, saved = report["ffn_skip_ratio"], number(report["ffn_saved_ratio"], "{:.1%}")
     unread = report["ffn_unread"] or 0.0
-    in_prompt = number(report["prompt_ffn_skip_ratio"], ", in the prompt {:.1%}").removeprefix("-")
+    if report["prompt_ffn_skip_ratio"]:
+        line += f", in the prompt {report['prompt_ffn_skip_ratio']:.1%} of the FFN skipped"
     if skipped == unread == 0 and not report["planned_skip_ratio"]:
-        return f"[{line}{in_prompt.replace(',', ', FFN blocks skipped', 1)}]"
+        return f"[{line}]"
     if skipped is None:
-        return f"[{line}, no FFN block skipped: no token is past the warm-up{in_prompt}]"
+        none = "in the answer none" if report["prompt_ffn_skip_ratio"] else "no FFN block skipped"
+        return f"[{line}, {none}: no token is past the warm-up]"
     if unread > skipped + 1e-6:  # blocks that ran have left out inputs
         return f"[{line}, {unread:.1%} of FFN weights not read, {skipped:.1%} as whole blocks]"
     planned = number(report["planned_skip_ratio"], " (planned {:.1%})").removeprefix("-")
-    return f"[{line}, FFN blocks skipped {skipped:.1%}{planned}, in all {saved}{in_prompt}]"
+    return f"[{line}, FFN blocks skipped {skipped:.1%}{planned}, in all {saved}]"
 
 
 def speedup_bound(model, saved, attention_saved=0.0):
@@ -359,6 +363,8 @@ def tell(generations, prompts, options, settings):
         show_blocks(generations[-1])
     for generation, report in zip(generations, reports):
         note(summary(report))
+        if generation.in_prompt is not None and report["prompt_ffn_skip_ratio"] is None:
+            note("[nothing is skipped in the prompt: none of its tokens is past the warm-up]")
         tell_empty(generation, "without --raw a prompt is a message" if options.raw else EMPTY)
     if extra:
         note(comparison_summary(extra))
@@ -412,5 +418,6 @@ def write_csv(path, generation):
                 elif unread[layer, row, column] > 0:
                     cells[layer] = f"{unread[layer, row, column]:.1%} not read"
             text = stream.add(token).replace("\n", "\\n")
-            out.writerow([row, token_index[row, column].item(), token, text, cells.count("skip"), *cells])
+            skipped = (~ran[:, row, column]).sum().item()
+            out.writerow([row, token_index[row, column].item(), token, text, skipped, *cells])
     common.write_whole(path, file.getvalue())

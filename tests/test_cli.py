@@ -226,6 +226,7 @@ def test_the_prompt_has_a_share_of_its_own_where_one_asks_for_it(tmp_path, repor
             assert not any("skip" in row.values() for row in counted[:4])  # each has its own warm-up
         told = bool(out["prompt_ffn_skip_ratio"]), bool(out["ffn_skip_ratio"])
         assert told == (seen["prompt"][-1], seen["answer"][-1])
+        assert out["settings"]["skip"].get("prompt_skip") == (float(flags[3]) if "--prompt-skip" in flags else None)
     assert seen == dict(prompt=[True, False, False], answer=[False, True, True])
 
 
@@ -294,6 +295,8 @@ WRONG = {
     "temperature": (["--temperature", "-1", "x"], "--temperature -1.0"),
     "top-p": (["--top-p", "0", "x"], "--top-p 0.0"),
     "skip": (["--skip", "1", "x"], "--skip: 1 is not a share"),
+    "both": (["--skip-prompt", "--prompt-skip", "0.1", "x"], "not allowed with argument --skip-prompt"),
+    "densely": (["--policy", "dense", "--prompt-skip", "0.1", "x"], "--prompt-skip and --warm-up-index are not"),
     "seed": (["--seed", str(2**63), "x"], "is not a number from 0 to 2^63 - 1"),
     "no tokens": (["--max-new-tokens", "0", "x"], "0 is not a positive number"),
     "too long": (["word " * 80], "more than the model's max_seq_len 64"),

@@ -162,7 +162,7 @@ def test_the_warm_up_index_reaches_every_policy(name, tmp_path, monkeypatch):
     model = tiny_model(n_layers=11) if name == "authors" else tiny_model()
     for index in None, 3, 0, -1:
         more, expected = ([], own) if index is None else (["--warm-up-index", str(index)], index)
-        found, policy, _ = choose_policy(parse_args([*more, *flags]), tmp_path / "tiny.gguf", model)
+        found, policy, _, _ = choose_policy(parse_args([*more, *flags]), tmp_path / "tiny.gguf", model)
         if name.endswith(":make") and not more:
             expected = None  # its own choice
         assert found == name and policy.warm_up_index == expected

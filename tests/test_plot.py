@@ -233,6 +233,26 @@ def test_speeds_are_a_table_of_the_models_of_that_name(folder, capsys):
     ]
 
 
+def test_a_run_of_prompts_is_a_table_of_its_own_and_a_line_of_one_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    header, dense, ffnskip, *_ = BENCHED.splitlines()
+    header += ",prompt,prompt_skip_ratio,prefill_tokens_per_s,prefill_speedup,prefill_bound"
+    lines = [header, f"{dense},512,0,100,1,1", f"{ffnskip},512,0.25,117.2,1.153,1.2"]
+    (tmp_path / "b.csv").write_text("\n".join(lines) + "\n")
+    assert printed(capsys, tmp_path / "b.csv", "7b") == [
+        "Some-7B: bfloat16, 2 threads of CPU, a prompt of 512 tokens:",
+        "",
+        "| variant | skipped | tokens/s | speed-up | bound by arithmetic |",
+        "| --- | --- | --- | --- | --- |",
+        "| dense | 0% | 100 | 1.00 | 1.00 |",
+        "| ffnskip | 25% | 117 | 1.15 | 1.20 |",
+    ]
+    pays = tmp_path / "when-it-pays.png"
+    assert printed(capsys, tmp_path / "b.csv", "--out", tmp_path) == [str(pays)] and pays.stat().st_size > 5000
+    name = "Some-7B: bfloat16, 2 threads of CPU, a prompt of 512 tokens"
+    assert plot.a_quarter(plot.read(tmp_path / "b.csv")) == [(name, 1.153, 1.2)]
+
+
 @pytest.mark.parametrize("argv, message", [
     (["x.csv", "nosuch"], "x.csv: no column of numbers nosuch: choose from policy, skip"),
     (["b.csv", "llama"], "b.csv: no model llama in it: choose from Some-7B"),
@@ -300,7 +320,7 @@ def figure_of(monkeypatch, path):
 
     monkeypatch.setattr(Figure, "savefig", savefig)
     plot.main([str(path), "--out", str(path.parent / "out")])
-    (figure,) = figures
+    figure = figures[0]  # before that of all speeds
     assert (path.parent / "out" / f"{path.stem}.png").stat().st_size > 5000
     return figure
 
