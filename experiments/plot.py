@@ -378,7 +378,7 @@ def print_speed(rows):
     """Print bench.py's rows as Markdown tables, one per run."""
     runs = []
     for row in rows:
-        if row["variant"] == "dense":  # which comes first in every run
+        if not runs or row["variant"] == "dense":  # which comes first in every run
             runs.append([])
         runs[-1].append(row)
     for number, run in enumerate(runs):
