@@ -92,7 +92,7 @@ def find_ffnskip(settings, skip, n_layers):
         return policy
     command = f"python calibrate.py --ckpt ... --skip {skip}"
     if not ratios:
-        raise ValueError(f"--skip {skip}: these settings do not tell thresholds from ratios (a flag beside them "
+        raise ValueError(f"a share of {skip}: these settings do not tell thresholds from ratios (a flag beside them "
                          f"makes others of them); {command} finds out")
     try:
         pairs = sorted((float(ratio), float(shift)) for shift, ratio in ratios)
@@ -100,7 +100,7 @@ def find_ffnskip(settings, skip, n_layers):
         raise ValueError(f"ratios in the settings: not a list of [shift, ratio] pairs; {command} makes them") from None
     least, most = pairs[0][0], pairs[-1][0]
     if not least <= skip <= most:
-        raise ValueError(f"--skip {skip}: these settings reach {least:.3f} to {most:.3f}; {command} looks for others")
+        raise ValueError(f"a share of {skip}: these settings reach {least:.3f} to {most:.3f}; {command} finds others")
     return shifted(policy, float(numpy.interp(skip, *zip(*pairs))))
 
 

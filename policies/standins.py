@@ -118,7 +118,7 @@ def make(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=N
         return StandIns(tensors, budgets[0], n_layers, warm_up_index)
     ratios, budgets = zip(*about["budgets"])
     if not ratios[0] <= skip <= ratios[-1]:
-        raise ValueError(f"--skip {skip}: {fitted} knows budgets for {ratios[0]} to {ratios[-1]}")
+        raise ValueError(f"a share of {skip}: {fitted} knows budgets for {ratios[0]} to {ratios[-1]}")
     return StandIns(tensors, float(numpy.interp(skip, ratios, budgets)), cap(model, skip), warm_up_index)
 
 

@@ -182,7 +182,7 @@ def make(model, skip, warm_up_index=WARM_UP_INDEX, tokens=None, seed=0, fitted=N
 
 def check(skip, most, name):
     if not 0 <= skip <= most:
-        raise ValueError(f"--skip {skip}: {name} leaves out a share from 0 to {most} of what it reads")
+        raise ValueError(f"a share of {skip}: {name} leaves out a share from 0 to {most} of what it reads")
 
 
 def of_blocks(skip):

@@ -123,7 +123,7 @@ def test_a_file_of_quantiles_is_found_beside_the_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("name, skip", [("teal", 0.66), ("teal_all", -0.1), ("cats", 0.7)])
 def test_what_cannot_be_left_out_is_said(name, skip):
-    with pytest.raises(ValueError, match=f"--skip {skip}"):
+    with pytest.raises(ValueError, match=f"a share of {skip}"):
         teal.POLICIES[name](tiny_model(), skip, tokens=tokens())
 
 
