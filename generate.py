@@ -205,7 +205,8 @@ def choose_policy(options, ckpt, model):
 
 def start(options, model, tokenizer, name, policy, prompts, cache=None, in_prompt=None):
     """The Generation of a policy on prompts, lists of ids, that the command line asks for; nothing has run yet."""
-    trace, walk = Trace(cosines=options.trace is not None), InPrompt(in_prompt, policy) if in_prompt else policy
+    trace = Trace(cosines=options.trace is not None)
+    walk = policy if in_prompt is None else InPrompt(in_prompt, policy)
     loop = generate_batch(
         model, prompts, options.max_new_tokens, walk, options.temperature, options.top_p, options.seed,
         tokenizer.eos_ids, 0 if options.skip_prompt else None, trace, cache,
@@ -235,7 +236,6 @@ def main(argv=None):
     generations = [begin(name, policy, ids, in_prompt=in_prompt)]
     if options.compare:
         generations.insert(0, begin("dense", dense, ids))
-
     steps = range(options.max_new_tokens)
     if options.json or len(prompts) > 1:
         finished = show.write(generations, nullcontext(lambda: None), common.progress(steps, "writing"))

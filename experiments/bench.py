@@ -84,7 +84,7 @@ WAYS = ["linear", "native linear", "mv", "native mv", "columns"]  # native: with
 
 def make_plan(n_layers, skip, tokens, batch=1, seed=0):
     """
-    plan[token][layer][row]: True where that row of the batch skips that feed-forward block. These are the share
+    plan, (token, layer, row) bool: True where that row of the batch skips that feed-forward block. These are the share
     `skip` of all blocks, as nearly as whole blocks allow. With k=1 the block before is measured, so that none is layer
     0's and no two follow each other. Raises ValueError if the share is too large for that.
     """
@@ -98,7 +98,7 @@ def make_plan(n_layers, skip, tokens, batch=1, seed=0):
         # Draw n places, then widen each to two layers, of which the second is skipped: no two of these are neighbours
         for before, place in enumerate(sorted(order.sample(range(n_layers - n), n))):
             plan[i // batch, 1 + place + before, i % batch] = True
-    return plan.tolist()
+    return plan
 
 
 def of_tokens(plan, token_index):
@@ -111,9 +111,8 @@ class Planned(FFNSkip):
     """Algorithm 1, except that the plan, not the cosine, decides. `monitored`: cosines are computed and read back."""
 
     def __init__(self, plan, monitored):
-        super().__init__(0, len(plan[0]), sim_threshold=0.5, warm_up_index=-1, k=1)
+        super().__init__(0, plan.size(1), sim_threshold=0.5, warm_up_index=-1, k=1)
         self.monitored = monitored
-        plan = torch.tensor(plan)
         self.plan = torch.cat((plan[:, 1:], torch.zeros_like(plan[:, :1])), dim=1)  # True before a skipped block
 
     def generate_with_skip_model(self, layers, input_state, step, full):
@@ -132,7 +131,7 @@ class PlannedStandIns(StandIns):
 
     def __init__(self, plan, model, n, rank):
         n_layers, dim = model.args.n_layers, model.args.dim
-        weight, self.plan = model.layers[0].feed_forward.w1.weight, torch.tensor(plan)
+        weight, self.plan = model.layers[0].feed_forward.w1.weight, plan
         shapes = dict(down=(n, rank, dim), up=(n, dim, rank), mean=(n, dim), probe=(dim,), bias=())
         fitted = {name: torch.zeros(n_layers, *shape, device=weight.device) for name, shape in shapes.items()}
         fitted["centre"] = torch.randn(n_layers, n, dim).to(weight.device)  # so that tokens choose different ones

@@ -250,9 +250,8 @@ def title_of(path, rows):
     return "Decoding one text with blocks skipped, over decoding it dense"
 
 
-def draw(file, out):
-    """Draw one CSV, by its columns, as a PNG in the folder out; return whether there is something to show."""
-    rows = read(file)
+def draw(file, rows, out):
+    """Draw a CSV's rows, by their columns, as a PNG in the folder out; return whether there is something to show."""
     first = rows[0] if rows else {}
     if "layer_0" in first:
         fill = heat_map
@@ -461,8 +460,9 @@ def main(argv=None):
         files += sorted((path / "authors_logs").glob("*.csv"))
     drawn, speeds = 0, []
     for file in files:
-        drawn += draw(file, options.out)
-        speeds += [row for row in read(file) if "variant" in row]
+        rows = read(file)
+        drawn += draw(file, rows, options.out)
+        speeds += [row for row in rows if "variant" in row]
     if a_quarter(speeds):
         title = "ffnskip with a quarter of the blocks skipped"
         picture(options.out / "when-it-pays.png", title, when_it_pays, speeds)

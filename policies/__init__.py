@@ -47,9 +47,8 @@ def find_policy(name, model, settings=None, skip=None, warm_up_index=None, token
     warm_up_index: None for what the settings or the policy say. `fitted`, from find_fitted, is for a factory that has
     an argument of that name. Raises ValueError.
     """
-    if name == "dense":
-        if skip is not None or warm_up_index is not None:
-            raise ValueError("--skip, --prompt-skip and --warm-up-index are not for policy dense, which skips nothing")
+    if name == "dense" and (skip, warm_up_index) != (None, None):
+        raise ValueError("--skip, --prompt-skip and --warm-up-index are not for policy dense, which skips nothing")
     if name == "dense" or skip == 0:
         return dense
     if name == "ffnskip":

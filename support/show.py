@@ -122,12 +122,12 @@ class Generation:
         decoded = ran[:, :, begin:], token_index[:, begin:]
         found["ffn_skip_ratio"] = skip_ratio(*decoded, warm_up_index)
         found["ffn_saved_ratio"] = skip_ratio(*decoded, -1)
-        in_prompt = token_index[:, :begin] > warm_up_index
+        may_skip = token_index[:, :begin] > warm_up_index  # (batch, tokens of the prompt)
         if self.in_prompt is not None:  # for which tokens count from the prompt's beginning
             positions = token_index[:, :begin] + torch.tensor([[len(prompt)] for prompt in self.prompts])
-            in_prompt = positions > getattr(self.in_prompt, "warm_up_index", -1)
-        if in_prompt.any():
-            found["prompt_ffn_skip_ratio"] = 1 - read[:, :, :begin][:, in_prompt].mean().item()
+            may_skip = positions > getattr(self.in_prompt, "warm_up_index", -1)
+        if may_skip.any():
+            found["prompt_ffn_skip_ratio"] = 1 - read[:, :, :begin][:, may_skip].mean().item()
         if ran.size(2) > begin:
             read, past = read[:, :, begin:], decoded[1] > warm_up_index  # (layer, batch, token)
             found["ffn_unread"] = 1 - read[:, past].mean().item() if past.any() else None

@@ -40,7 +40,7 @@ def written(model, policy, trace=None, batch=1, prompt=5, steps=6):
 @pytest.mark.parametrize("skip", [0.05, 0.2, 0.3, 0.5])
 @pytest.mark.parametrize("n_layers, batch", [(4, 1), (30, 1), (32, 1), (30, 16)])
 def test_a_plan_leaves_out_exactly_the_share_and_never_two_blocks_in_a_row(skip, n_layers, batch):
-    plan = torch.tensor(bench.make_plan(n_layers, skip, tokens=20, batch=batch))  # (step, layer, batch)
+    plan = bench.make_plan(n_layers, skip, tokens=20, batch=batch)  # (step, layer, batch)
     assert plan.sum().item() == round(skip * plan.numel())
     assert not plan[:, 0].any() and not (plan[:, 1:] & plan[:, :-1]).any()
     assert batch == 1 or skip == 0.5 or (plan != plan[..., :1]).any()  # rows disagree where there is a choice
@@ -55,7 +55,7 @@ def test_variants_compute_what_they_say(batch, dtype):
     fixed = written(model, bench.Planned(plan, monitored=False), traces[0], batch)
     planned = written(model, bench.Planned(plan, monitored=True), traces[1], batch)
     assert torch.equal(fixed, planned)  # the same blocks, through the same kernels
-    left_out = torch.tensor(plan).permute(1, 2, 0)  # (step, layer, batch) -> (layer, batch, step)
+    left_out = plan.permute(1, 2, 0)  # (step, layer, batch) -> (layer, batch, step)
     for trace in traces:
         assert torch.equal(~trace.ran[:, :, 5:], left_out) and trace.ran[:, :, :5].all()
     assert traces[0].cosine.isnan().all()
@@ -73,7 +73,7 @@ def test_variants_compute_what_they_say(batch, dtype):
 def test_in_a_prompt_variants_skip_what_their_plan_says(batch):
     model = tiny_model(n_layers=6)
     plan = bench.make_plan(6, 0.25, tokens=9, batch=batch)
-    left_out = torch.tensor(plan).permute(1, 2, 0)  # (token, layer, batch) -> (layer, batch, token)
+    left_out = plan.permute(1, 2, 0)  # (token, layer, batch) -> (layer, batch, token)
     tokens = torch.randint(model.args.vocab_size, (batch, 9), generator=torch.Generator().manual_seed(1))
     logits = []
     for policy in bench.Planned(plan, False), bench.Planned(plan, True), bench.PlannedStandIns(plan, model, 2, 4):
